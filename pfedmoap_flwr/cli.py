@@ -1,0 +1,167 @@
+"""The command `pfedmoap`: run one method, or compare several over seeds."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.load import find_weights, resolve_device
+from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.images import load_images
+from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.federation.inprocess import run_in_process
+from pfedmoap_flwr.federation.launch import RunFailed, simulate
+from pfedmoap_flwr.federation.strategy import AllClientsFailed
+from pfedmoap_flwr.report import table
+from pfedmoap_flwr.report.run_folder import default_path, load_settings
+from pfedmoap_flwr.settings import Value
+
+DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: its settings, with the places filled in, and its folder."""
+
+    settings: Settings
+    run_dir: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 the run failed, 2 wrong use, 130 stopped."""
+    options = _parse(arguments)
+    console = Console()
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        options.command(options, console)
+    except UsageError as error:
+        errors.print(f"pfedmoap: {error}")
+        return 2
+    except (AllClientsFailed, RunFailed) as error:
+        errors.print(str(error).rstrip())
+        errors.print("pfedmoap: the run failed")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("pfedmoap: stopped; a run goes on with: pfedmoap run resume=ITS_FOLDER")
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap run: one method, one seed."""
+    words = config.parse_words(options.settings)
+    if options.method:
+        words["method"] = options.method
+    plan = make_plan(words)
+    console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
+    summary = execute(plan, console, in_process=options.in_process)
+    table.print_summary(summary, console)
+    console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
+
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap compare: several methods over several seeds, all else equal, in this process."""
+    words = config.parse_words(options.settings)
+    seeds = [config.parse_words([f"seed={seed}"])["seed"] for seed in options.seeds.split(",")]
+    root = default_path(Settings()).with_name(default_path(Settings()).name[:15] + "-compare")
+    plans = {
+        name: [
+            make_plan({**words, "method": name, "seed": s, "run-dir": str(root / f"{name}-s{s}")})
+            for s in seeds
+        ]
+        for name in options.methods.split(",")
+    }
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for name, runs in plans.items():
+        for plan in runs:
+            console.print(f"{name}, seed {plan.settings.seed}", highlight=False)
+            summaries.setdefault(name, []).append(execute(plan, console, in_process=True))
+    (root / "comparison.json").write_text(json.dumps(summaries, indent=2))
+    table.print_comparison(summaries, console)
+    console.print(f"results in {root}", highlight=False, soft_wrap=True)
+
+
+def make_plan(words: dict[str, Value]) -> Plan:
+    """Check everything that can be checked before a run starts. Raises UsageError."""
+    if resume := str(words.get("resume", "")):
+        run_dir = Path(resume).resolve()
+        settings = load_settings(run_dir).replace({**words, "resume": str(run_dir)})
+    else:
+        settings = config.parse(words)
+        run_dir = Path(settings.run_dir).resolve() if settings.run_dir else default_path(settings)
+    places = {
+        "run-dir": str(run_dir),
+        "state-dir": str(run_dir / "clients"),
+        "min-nodes": settings.data.num_clients,
+    }
+    partition(load_images(settings.data.name), settings.data, settings.seed)
+    find_weights(settings.clip.model, settings.clip.pretrained)
+    resolve_device(settings.device)
+    return Plan(settings.replace(places), run_dir)
+
+
+def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]:
+    """Run a plan to its end and return its summary."""
+    if in_process:
+        from client_app import app as client_app
+        from server_app import app as server_app
+
+        run_in_process(
+            server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients
+        )
+    else:
+        (plan.run_dir / "summary.json").unlink(missing_ok=True)
+        simulate(plan.settings, plan.run_dir, console)
+    summary: dict[str, Any] = json.loads((plan.run_dir / "summary.json").read_text())
+    return summary
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse gives up on settings that follow an option; they are settings all the same."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.settings += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pfedmoap", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    keys = "\n".join(f"  {key:28} {text}" for key, text in config.known_keys().items())
+    shared: dict[str, Any] = {
+        "epilog": f"settings:\n{keys}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    runs = commands.add_parser("run", help="run one method", description=run.__doc__, **shared)
+    runs.add_argument("--method", metavar="NAME", help=f"one of {', '.join(methods.names())}")
+    runs.add_argument("--in-process", action="store_true", help="without Ray, in this process")
+    runs.set_defaults(command=run)
+    rivals = commands.add_parser(
+        "compare", help="compare methods over seeds", description=compare.__doc__, **shared
+    )
+    rivals.add_argument("--methods", default=DEFAULT_RIVALS, help=f"default {DEFAULT_RIVALS}")
+    rivals.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    rivals.set_defaults(command=compare)
+    for command in (runs, rivals):
+        command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    return parser
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The frozen CLIP model: loading through open_clip, prompt encoding, image features."""

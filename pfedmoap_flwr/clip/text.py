@@ -1,0 +1,328 @@
+"""The frozen text tower g(.) as a function of a prompt's context (arXiv 2410.10114, Eq. 3).
+
+A prompt is P^(c) = [SOS, v_1 .. v_M, name of class c, ".", EOT]; the v are learned, the rest is
+embedded text. The token layout is CoOp's (KaiyangZhou/CoOp, trainers/coop.py).
+
+Shapes: P prompts, C classes, M context tokens, D text width, d embedding width, L the tower's
+full length (77 for CLIP).
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import prefix
+
+Tokenizer = Callable[..., Tensor]
+"""`open_clip.get_tokenizer`'s: (texts, context_length=L) -> ids (len(texts), L)."""
+
+Position = Literal["end", "middle", "front"]
+
+
+class PromptEncoder:
+    """g(P): learned contexts in, L2-normalised text features of all classes out.
+
+    Args:
+        model: an open_clip model, on its device already; it is read, never changed.
+        tokenizer: the model's own, from `open_clip.get_tokenizer`.
+        classnames: C names; underscores become spaces.
+        n_ctx: M, the number of context tokens.
+        position: where the name stands: after the context ("end"), between its halves ("middle")
+            or before it ("front"); "." and EOT come last.
+        class_specific: one context per class instead of one for all.
+
+    Raises:
+        ValueError: an impossible setting, a name too long for the tower, or a tower that cannot
+            be given embeddings in place of words.
+
+    Attributes:
+        width: D. embed_dim: d.
+        fallback: None for towers that are causal and pool at EOT, whose prompts are encoded
+            without computing any shared token twice (see `prefix`). For all others the reason why
+            prompts pass at full length through open_clip's own forward.
+
+    Either way is checked against the model's own `encode_text` when the encoder is built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        classnames: Sequence[str],
+        *,
+        n_ctx: int,
+        position: Position = "end",
+        class_specific: bool = False,
+    ) -> None:
+        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}
+        if position not in before:
+            raise ValueError(f'position is "{position}"; it can be "end", "middle" or "front"')
+        if n_ctx < 1:
+            raise ValueError(f"n_ctx is {n_ctx}; a prompt needs at least 1 context token")
+        self.classnames = tuple(name.replace("_", " ") for name in classnames)
+        if not self.classnames or not all(name.strip() for name in self.classnames):
+            raise ValueError(f"classnames must be at least one name, and none empty: {classnames}")
+        self.n_ctx = n_ctx
+        self.position = position
+        self.class_specific = class_specific
+
+        self._words = words = _Words(model, tokenizer)
+        self.width: int = words.embedding.weight.shape[1]
+        self._rows, self._ends = self._lay_out(before[position])
+        # Tokens that all prompts begin with. Class-specific contexts leave only SOS.
+        self._shared = len(words.head) + (0 if class_specific else before[position])
+
+        self.fallback = prefix.why_not(words.text)
+        pooled = prefix.pooled(words.text, self._ids(words.filler))
+        if self.fallback is None and pooled.tolist() != [end - 1 for end in self._ends]:
+            self.fallback = "it does not pool at the last token of every prompt"
+        self.embed_dim = self._checked_embed_dim()
+        self._all = self._prompts(range(len(self.classnames)))
+
+    def __call__(self, ctx: Tensor) -> Tensor:
+        """Text features (..., C, d) of contexts (..., M, D), or (..., C, M, D) if class-specific.
+
+        Leading dimensions are several prompts, encoded together. Differentiable in `ctx`.
+        """
+        shape: tuple[int, ...] = (self.n_ctx, self.width)
+        if self.class_specific:
+            shape = (len(self.classnames), *shape)
+        lead = ctx.shape[: -len(shape)]
+        if ctx.shape != (*lead, *shape):
+            raise ValueError(
+                f"ctx has shape {tuple(ctx.shape)}; its last dimensions must be {shape}"
+            )
+        features = self._encode(ctx.reshape(-1, *shape), self._all)
+        return F.normalize(features, dim=-1).reshape(*lead, *features.shape[1:])
+
+    def embed(self, words: str) -> Tensor:
+        """Token embeddings (n, D) of plain words, without SOS and EOT: CoOp's `ctx_init`."""
+        return embed_words(self._words.model, self._words.tokenizer, words)
+
+    def _lay_out(self, before: int) -> tuple[Tensor, list[int]]:
+        """Token ids (C, L) of all prompts, with j - M for context token j; and where each ends."""
+        words, ctx = self._words, range(-self.n_ctx, 0)
+        # CoOp's split: as many tokens as the name has alone, even if "." merges with its last one.
+        lengths = [len(content) for content in words.content(self.classnames)]
+        contents = words.content([f"{name}." for name in self.classnames])
+        rows, ends = [], []
+        for name, n, content in zip(self.classnames, lengths, contents, strict=True):
+            body = [*ctx[:before], *content[:n], *ctx[before:], *content[n:]]
+            row = [*words.head, *body, *words.tail]
+            what = f'the class name "{name}" with {self.n_ctx} context tokens'
+            words.check_fits(what, len(row), "shorten the name or lower n_ctx")
+            rows.append(row + [words.pad] * (words.length - len(row)))
+            ends.append(len(row))
+        return torch.tensor(rows), ends
+
+    def _ids(self, word: int) -> Tensor:
+        """Token ids (C, L) of all prompts, with this word's in place of every context token."""
+        return self._rows.where(self._rows >= 0, word)
+
+    def _prompts(self, classes: Sequence[int]) -> "_Prompts":
+        """The prompts of some classes, ready to be filled in with a context."""
+        chosen = torch.tensor(classes)
+        rows, ids = self._rows[chosen], self._ids(self._words.filler)[chosen]
+        fixed, index = torch.unique(ids, return_inverse=True)
+        ctx = len(fixed) + self.n_ctx + rows
+        if self.class_specific:
+            ctx = ctx + self.n_ctx * chosen[:, None]
+        packing = None
+        if self.fallback is None:
+            packing = prefix.pack([self._ends[c] for c in classes], self._shared, self.width)
+            packing = packing.to(self._words.device)
+        on = self._words.device
+        return _Prompts(ids.to(on), fixed.to(on), index.where(rows >= 0, ctx).to(on), packing)
+
+    def _encode(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
+        """Features (P, C, d), not normalised, from contexts (P, M, D) or (P, all classes, M, D)."""
+        words, n_prompts = self._words, len(ctx)
+        fixed = words.embed(prompts.fixed).expand(n_prompts, -1, -1)
+        table = torch.cat([fixed, ctx.flatten(1, -2)], dim=1)
+        packing = prompts.packing
+        if packing is None:
+            rows = table[:, prompts.index].flatten(0, 1)
+            features = words.encode(prompts.ids.repeat(n_prompts, 1), rows)
+            return features.reshape(n_prompts, -1, features.shape[-1])
+        shared = table[:, prompts.index[0, : self._shared]]
+        rest = table[:, prompts.index[packing.classes, packing.places]]
+        return prefix.encode(words.text, shared, rest, packing)
+
+    @torch.no_grad()
+    def _checked_embed_dim(self) -> int:
+        """d, once features of plain words as context agree with the model's own `encode_text`."""
+        words = self._words
+        by_length = sorted(range(len(self._ends)), key=lambda c: self._ends[c])
+        classes = sorted({by_length[0], by_length[-1]})
+        # Another word than the filler, so that a tower which ignored the context is found out.
+        word = words.content(["photo"])[0][0]
+        expected = F.normalize(words.encode(self._ids(word)[classes]), dim=-1)
+        size = (1, len(self.classnames)) if self.class_specific else (1,)
+        ctx = words.embed(torch.full((*size, self.n_ctx), word))
+        # Rounding differs with the order of summation; a wrong mask, position or projection turns
+        # a feature by far more than this.
+        limit = 0.01 if torch.finfo(expected.dtype).eps < 1e-6 else 0.1
+
+        def agree() -> bool:
+            features = F.normalize(self._encode(ctx, self._prompts(classes))[0], dim=-1)
+            if features.shape != expected.shape:
+                return False
+            return bool(((features - expected).norm(dim=-1) < limit).all())
+
+        if self.fallback is None and not agree():
+            self.fallback = "its features differ from those that open_clip computes"
+            warnings.warn(
+                f"text tower {words.tower}: {self.fallback}; prompts now pass through open_clip's "
+                "own forward at full length, which is slower",
+                stacklevel=3,
+            )
+        if self.fallback is not None and not agree():
+            raise ValueError(
+                f"prompts cannot be learned for the text tower {words.tower}: given the "
+                "embeddings of words, it does not give the features of these words"
+            )
+        return expected.shape[-1]
+
+
+def embed_words(model: nn.Module, tokenizer: Tokenizer, words: str) -> Tensor:
+    """Token embeddings (n, D) of plain words, without SOS and EOT; underscores are spaces.
+
+    For CoOp's `ctx_init`, where n, the number of tokens, becomes n_ctx.
+    """
+    lookup = _Words(model, tokenizer)
+    (content,) = lookup.content([words.replace("_", " ")])
+    return lookup.embed(torch.tensor(content, dtype=torch.long))
+
+
+@torch.no_grad()
+def encode_text(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """L2-normalised features (len(texts), d) of plain sentences, by the model's own `encode_text`.
+
+    Raises:
+        ValueError: a sentence that does not fit, which the tokenizer would cut without a word.
+    """
+    words = _Words(model, tokenizer)
+    for text, content in zip(texts, words.content(texts), strict=True):
+        n_tokens = len(words.head) + len(content) + len(words.tail)
+        words.check_fits(f'the text "{text}"', n_tokens, "shorten it")
+    ids = tokenizer(list(texts), context_length=words.length)
+    features = [words.encode(ids[i : i + 256]) for i in range(0, len(ids), 256)]
+    return F.normalize(torch.cat(features), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts of C classes, whose tokens are rows of a table: U words, then the context tokens."""
+
+    ids: Tensor  # (C, L) token ids, with a filler for the context
+    fixed: Tensor  # (U,) the distinct ids among them
+    index: Tensor  # (C, L) rows of the table
+    packing: prefix.Packing | None
+
+
+class _Words:
+    """A model's text tower and tokenizer: words to ids, ids to embeddings, either to features."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.text: Any = getattr(model, "text", model)
+        self.tower = type(self.text).__name__
+        self.tokenizer = tokenizer
+        embedding = _token_embedding(self.text)
+        if embedding is None:
+            raise ValueError(
+                f"prompts cannot be learned for the text tower {self.tower}: it has no table of "
+                "token embeddings where open_clip's towers have it"
+            )
+        self.embedding = embedding
+        self.length: int = min(self.text.context_length, tokenizer(["x"]).shape[1])
+        # What a tokenizer puts around every text (SOS, EOT, padding) shows in two short ones.
+        x, y = self._tokens(["x", "y"])
+        self.pad = x[-1]
+        x, y = _strip(x, self.pad), _strip(y, self.pad)
+        self.head = x[:1] if x[:1] == y[:1] else []
+        self.tail = x[-1:] if x[-1:] == y[-1:] else []
+        self.filler = x[len(self.head)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        # A tokenizer silently cuts what is longer than context_length, so ask for plenty.
+        rows: list[list[int]] = self.tokenizer(list(texts), context_length=8 * self.length).tolist()
+        return rows
+
+    def content(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text itself: no SOS, no EOT, no padding, nothing cut."""
+        rows = [_strip(row, self.pad) for row in self._tokens(texts)]
+        return [row[len(self.head) : len(row) - len(self.tail)] for row in rows]
+
+    def check_fits(self, what: str, n_tokens: int, advice: str) -> None:
+        room = self.length - (not self.tail)  # where padding is EOT, one of it must fit as well
+        if n_tokens > room:
+            raise ValueError(
+                f"{what} takes {n_tokens} tokens and the text tower reads {room}: {advice}"
+            )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings (*, D) of ids (*), frozen."""
+        embeddings: Tensor = self.embedding(ids.to(self.device))
+        return embeddings.detach()
+
+    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Features (N, d) of ids (N, L), or of embeddings (N, L, D) that take their place.
+
+        By the model's own `encode_text`, which needs the ids for its masks and pooling.
+        """
+        model: Any = self.model
+        if embeddings is not None:
+            path = next(name for name, m in model.named_modules() if m is self.embedding)
+            model = _with_module(model, path, _Given(self.embedding, embeddings))
+        features: Tensor = model.encode_text(ids.to(self.device))
+        return features
+
+
+def _strip(row: list[int], pad: int) -> list[int]:
+    end = len(row)
+    while end and row[end - 1] == pad:
+        end -= 1
+    return row[:end]
+
+
+def _token_embedding(text: Any) -> nn.Embedding | None:
+    """The table of token embeddings: open_clip's by name, a Hugging Face tower's by asking it."""
+    found = getattr(text, "token_embedding", None)
+    if found is None and hasattr(getattr(text, "transformer", None), "get_input_embeddings"):
+        found = text.transformer.get_input_embeddings()
+    return found if isinstance(found, nn.Embedding) else None
+
+
+class _Given(nn.Module):
+    """Stands where a tower looks up token embeddings, and answers with those it was given."""
+
+    def __init__(self, table: nn.Embedding, embeddings: Tensor) -> None:
+        super().__init__()
+        self.weight = table.weight  # some towers read its dtype or device
+        self.embeddings = embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embeddings
+
+
+def _with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """A twin of `module` that shares all with it but the submodule at `path`.
+
+    The model itself stays as it is, so that others can use it at the same time.
+    """
+    name, _, rest = path.partition(".")
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._modules[name] = _with_module(module.get_submodule(name), rest, new) if rest else new
+    return twin

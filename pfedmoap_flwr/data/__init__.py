@@ -1,0 +1,1 @@
+"""Who holds what: data sets, few-shot sampling, partitions."""

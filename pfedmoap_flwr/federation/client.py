@@ -1,0 +1,180 @@
+"""A client's three answers: who it is, its training, its evaluation."""
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.features import read_images
+from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
+from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
+from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.federation import records, work
+from pfedmoap_flwr.federation.kept import KeptHeads
+from pfedmoap_flwr.federation.work import Split
+from pfedmoap_flwr.methods import Head, Method, Task
+
+CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
+
+Handler = Callable[[Message, Context], RecordDict]
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """One client of a run, as it stands when a message arrives."""
+
+    rows: ClientRows
+    method: Method
+    clip: FrozenClip
+    task: Task
+    splits: dict[str, Split]
+    kept: KeptHeads
+
+    @property
+    def id(self) -> int:
+        """The partition id, which is the client's name everywhere."""
+        return self.rows.client
+
+    def head(self, *deliveries: dict[str, Tensor] | None) -> Head:
+        """Return a fresh head that received the deliveries in turn."""
+        head = self.method.build(self.clip, self.task)
+        for tensors in deliveries:
+            if tensors is not None:
+                head.receive(tensors)
+        return head
+
+
+def answering(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Turn a handler's exception into an error reply that carries the whole traceback."""
+
+    @functools.wraps(handler)
+    def reply(message: Message, context: Context) -> Message:
+        try:
+            return Message(handler(message, context), reply_to=message)
+        except UsageError as error:
+            return Message(Error(code=CLIENT_RAISED, reason=str(error)), reply_to=message)
+        except Exception:
+            # The server shows it: a traceback in a worker's log is never found
+            reason = traceback.format_exc()
+            return Message(Error(code=CLIENT_RAISED, reason=reason), reply_to=message)
+
+    return reply
+
+
+def query(message: Message, context: Context) -> RecordDict:
+    """Say which client this node is, what it holds and which classes it knows."""
+    client = _client(message, context)
+    card: dict[str, int | str | list[str]] = {
+        "client": client.id,
+        "domain": client.rows.domain,
+        "classnames": list(client.task.classnames),
+        "template": client.task.template,
+    }
+    card |= {f"num-{split}": len(client.splits[split]) for split in SPLITS}
+    return RecordDict({"card": ConfigRecord(card)})
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """Train on what was received and upload what is not personal; the head is kept on disk."""
+    client = _client(message, context)
+    server_round = int(message.content["config"]["round"])
+    received = records.to_tensors(message.content["arrays"])
+    head = client.head(client.kept.load(before=server_round), received)
+    device_received = {name: t.to(client.clip.device) for name, t in received.items()}
+    data = client.splits["train"]
+    loss = work.train(client.method, head, data, device_received, client.id, server_round)
+    uploaded = client.method.upload(head, device_received)
+    client.kept.save(server_round, head.kept())
+    metrics = MetricRecord(
+        {"client": client.id, "round": server_round, "num-examples": len(data), "loss": loss}
+    )
+    return RecordDict({"arrays": records.to_arrays(uploaded), "metrics": metrics})
+
+
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """Measure the personal model (the kept head) and the global one (what was received).
+
+    A client that never trained has the global model for its own. Round 0 adds zero-shot CLIP.
+    """
+    client = _client(message, context)
+    server_round = int(message.content["config"]["round"])
+    received = records.to_tensors(message.content["arrays"])
+    kept = client.kept.load(before=server_round + 1) if server_round else None
+    heads = {"global": client.head(received)}
+    heads["personal"] = client.head(kept) if kept is not None else heads["global"]
+    if server_round == 0:
+        heads["zeroshot"] = methods.load("zeroshot")(client.method.settings).build(
+            client.clip, client.task
+        )
+    metrics: dict[str, int | float] = {"client": client.id, "round": server_round}
+    for name, head in heads.items():
+        metrics[f"{name}-accuracy"] = work.accuracy(head, client.splits["test"])
+        if len(client.splits["validation"]):
+            validation = work.accuracy(head, client.splits["validation"])
+            metrics[f"{name}-validation-accuracy"] = validation
+    return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+def _client(message: Message, context: Context) -> Client:
+    settings = config.parse(context.run_config)
+    method = methods.load(settings.method)(settings)
+    if "partition-id" not in context.node_config:
+        raise UsageError(
+            "this SuperNode has no partition-id; start it with "
+            '--node-config "partition-id=0 num-partitions=2"'
+        )
+    node = _node(settings.data, settings.clip, settings.seed, settings.device, method.reads)
+    number = int(context.node_config["partition-id"])
+    if number >= len(node.clients):
+        raise UsageError(
+            f"partition-id={number}: data.num-clients={len(node.clients)} gives ids from 0 to "
+            f"{len(node.clients) - 1}"
+        )
+    rows = node.clients[number]
+    run_name = str(message.content["config"]["run"])
+    folder = _state_folder(settings, context) / run_name / f"client-{number}"
+    template = settings.data.template or node.images.template
+    task = Task(node.images.classnames, template)
+    return Client(rows, method, node.clip, task, node.splits(number), KeptHeads(folder))
+
+
+def _state_folder(settings: Settings, context: Context) -> Path:
+    home = Path(os.environ.get("PFEDMOAP_HOME", "~/.pfedmoap")) / "clients"
+    named = str(context.node_config.get("state-dir", "")) or settings.state_dir
+    return Path(named or home).expanduser()
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """What all clients of one process share, all of it frozen."""
+
+    clip: FrozenClip
+    images: ImageData
+    clients: list[ClientRows]
+    features: dict[str, Tensor]
+
+    def splits(self, client: int) -> dict[str, Split]:
+        device = self.clip.device
+        parts = {}
+        for split, rows in self.clients[client].rows.items():
+            labels = torch.from_numpy(self.images.column(split, "label")[rows])
+            parts[split] = Split(self.features[split][rows].to(device), labels.to(device))
+        return parts
+
+
+@functools.lru_cache(maxsize=2)
+def _node(data: DataSettings, clip: ClipSettings, seed: int, device: str, reads: str) -> _Node:
+    images = load_images(data.name)
+    clients = partition(images, data, seed)
+    frozen = load_clip(clip.model, clip.pretrained, device)
+    features = {s: read_images(frozen, images.splits[s], reads) for s in SPLITS}  # type: ignore[arg-type]
+    return _Node(frozen, images, clients, features)

@@ -1,0 +1,65 @@
+"""The server's work: settings -> nodes -> strategy -> results."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.federation import checkpoint
+from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce, wait_for_nodes
+from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
+from pfedmoap_flwr.methods import Method, Server
+from pfedmoap_flwr.report.run_folder import RunFolder
+
+logger = logging.getLogger("flwr.pfedmoap")
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """Run a federation from its settings to its results, or from where an earlier run stopped."""
+    settings = config.parse(context.run_config)
+    method = methods.load(settings.method)(settings)
+    if settings.resume:
+        server: Server | None = checkpoint.load(Path(settings.resume))
+        folder = RunFolder.reopen(settings, server.round)  # type: ignore[union-attr]
+    else:
+        server = None
+        folder = RunFolder.create(settings)
+    logger.info("results in %s", folder.path)
+    try:
+        _run(grid, settings, method, server, folder)
+    except (UsageError, AllClientsFailed) as error:
+        folder.fail(str(error))
+        raise
+
+
+def _run(
+    grid: Grid, settings: Settings, method: Method, server: Server | None, folder: RunFolder
+) -> None:
+    clients = settings.data.num_clients
+    wait_for_nodes(grid, min(settings.min_nodes, clients), clients, settings.node_timeout)
+    nodes = sorted(grid.get_node_ids())
+    cards = introduce(grid, nodes, folder.path.name, settings.node_timeout)
+    check_agreement({}, cards)
+    if len(cards) < clients:
+        logger.warning(
+            "%d of %d clients are connected; a simulation of all is started with "
+            '--federation-config "num-supernodes=%d"',
+            len(cards),
+            clients,
+            clients,
+        )
+    if server is None:
+        clip = load_clip(settings.clip.model, settings.clip.pretrained, "cpu")
+        server = method.start(method.build(clip, cards[0].task))
+    strategy = PromptStrategy(settings, method, server, cards, folder)
+    strategy.start_all(grid)
+    folder.finish(settings, [_row(card) for card in cards])
+
+
+def _row(card: Card) -> dict[str, int | str]:
+    return {"client": card.client, "domain": card.domain, **card.sizes}

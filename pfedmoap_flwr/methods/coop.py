@@ -1,0 +1,9 @@
+"""CoOp, local only (Zhou et al., IJCV 2022, arXiv 2109.01134): each client trains its own prompt."""
+
+from pfedmoap_flwr.methods.base import Method
+
+
+class CoOp(Method):
+    """The whole prompt is personal: nothing is sent, training goes on from the client's own."""
+
+    personal = ("ctx",)

@@ -1,0 +1,1 @@
+"""What came out: the run folder, the tables."""

@@ -1,0 +1,112 @@
+"""A tiny random CLIP and a tiny two-domain data set, found the way the embedded ones are."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pfedmoap_flwr import config
+from pfedmoap_flwr.federation.inprocess import run_in_process
+from pfedmoap_flwr.report.run_folder import RunFolder
+
+CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
+DOMAINS = ["photo", "sketch"]
+NUM_CLIENTS = 4
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
+}
+TINY: dict[str, Any] = {
+    "clip.model": "tiny",
+    "clip.pretrained": "tiny",
+    "data.num-clients": NUM_CLIENTS,
+    "data.alpha": 5.0,
+    "prompt.n-ctx": 4,
+    "num-server-rounds": 2,
+    "local-epochs": 2,
+    "batch-size": 8,
+    "pfedmoap.d-gating": 32,
+    "pfedmoap.heads": 4,
+    "pfedmoap.num-experts": 2,
+    "device": "cpu",
+}
+PER_CLASS = {"train": 12, "validation": 4, "test": 8}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An assets folder with clip/tiny and a small emoji-domains; every test sees it first."""
+    folder = tmp_path_factory.mktemp("assets")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PFEDMOAP_ASSETS", str(folder))
+    patch.setenv("PFEDMOAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("PFEDMOAP_HOME", str(tmp_path_factory.mktemp("home")))
+    (folder / "clip").mkdir()
+    (folder / "clip" / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "clip")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny")
+    # Random towers tell prompts apart better with larger weights
+    weights = {n: t * (3 if "resblocks" in n else 1) for n, t in model.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "clip" / "tiny.safetensors")
+    _write_images(folder / "emoji-domains")
+    return folder
+
+
+def _write_images(folder: Path) -> None:
+    """One colour per class, darker in the second domain, with noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    colours = np.array([[220, 40, 40], [40, 40, 220], [40, 200, 40], [230, 230, 230]])
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=CLASSNAMES),
+            "domain": datasets.ClassLabel(names=DOMAINS),
+        }
+    )
+    for split, count in PER_CLASS.items():
+        rows: dict[str, list[Any]] = {"image": [], "label": [], "domain": []}
+        for domain in range(len(DOMAINS)):
+            for label in range(len(CLASSNAMES)):
+                for _ in range(count):
+                    noise = rng.normal(0, 30, (16, 16, 3))
+                    pixels = np.clip(colours[label] * (1 - 0.5 * domain) + noise, 0, 255)
+                    rows["image"].append(Image.fromarray(pixels.astype(np.uint8)))
+                    rows["label"].append(label)
+                    rows["domain"].append(domain)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Callable[..., RunFolder]:
+    """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
+
+    def run(name: str = "run", **changes: Any) -> RunFolder:
+        import client_app
+        import server_app
+
+        folder = tmp_path / name
+        flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
+        flat |= changes.pop("flat", {})
+        flat |= {key.replace("_", "-"): value for key, value in changes.items()}
+        settings = config.parse(flat)
+        clients = settings.data.num_clients
+        run_in_process(server_app.app, client_app.app, settings.flat(), clients)
+        return RunFolder(folder)
+
+    return run
