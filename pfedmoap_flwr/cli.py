@@ -37,7 +37,10 @@ class Plan:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 1 the run failed, 2 wrong use, 130 stopped."""
+    """Run the command and return its exit status.
+
+    0 done, 1 the run failed, 2 wrong use, 130 stopped.
+    """
     options = _parse(arguments)
     console = Console()
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -99,7 +102,7 @@ def make_plan(words: dict[str, Value]) -> Plan:
     else:
         settings = config.parse(words)
         run_dir = Path(settings.run_dir).resolve() if settings.run_dir else default_path(settings)
-    places = {
+    places: dict[str, Value] = {
         "run-dir": str(run_dir),
         "state-dir": str(run_dir / "clients"),
         "min-nodes": settings.data.num_clients,
@@ -116,9 +119,7 @@ def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]
         from client_app import app as client_app
         from server_app import app as server_app
 
-        run_in_process(
-            server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients
-        )
+        run_in_process(server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients)
     else:
         (plan.run_dir / "summary.json").unlink(missing_ok=True)
         simulate(plan.settings, plan.run_dir, console)

@@ -49,7 +49,7 @@ PARTS: dict[str, type] = {"prompt": PromptSettings, "clip": ClipSettings, "data"
 
 @dataclass(frozen=True)
 class Settings(General):
-    """Everything a run was asked to do; `tables` holds one settings object per method that has one."""
+    """Everything a run was asked to do; `tables` holds the settings objects of the methods."""
 
     prompt: PromptSettings = dataclasses.field(default_factory=PromptSettings)
     clip: ClipSettings = dataclasses.field(default_factory=ClipSettings)
@@ -85,14 +85,16 @@ def parse(flat: Mapping[str, Value]) -> Settings:
         raise UsageError(
             f"setting method={general.method!r}: must be one of {', '.join(methods.names())}"
         )
-    parts = {name: settings.build(cls, flat, f"{name}.") for name, cls in PARTS.items()}
+    parts: dict[str, Any] = {
+        name: settings.build(cls, flat, f"{name}.") for name, cls in PARTS.items()
+    }
     return Settings(**vars(general), **parts, tables=_method_tables(flat))
 
 
 def parse_words(words: list[str]) -> dict[str, Value]:
     """Read KEY=VALUE words of a command line as a flat configuration.
 
-    A value is read as its setting's type: `seed=1` a whole number, `lr=1` a number, `data.name=x` text.
+    A value is read as its setting's type: `seed=1` a whole number, `lr=1` a number.
     """
     defaults = Settings().flat()
     flat: dict[str, Value] = {}
@@ -124,7 +126,7 @@ def _read(key: str, text: str, default: Value) -> Value:
 
 
 def _table_classes() -> dict[str, type]:
-    classes = {name: methods.load(name).Settings for name in methods.names()}
+    classes = {name: methods.load(name).table for name in methods.names()}
     return {name: cls for name, cls in classes.items() if cls is not None}
 
 
@@ -132,7 +134,9 @@ def _method_tables(flat: Mapping[str, Value]) -> dict[str, Any]:
     return {name: settings.build(cls, flat, f"{name}.") for name, cls in _table_classes().items()}
 
 
-def toml(flat: Mapping[str, Value], root: str = "", comments: Mapping[str, str] | None = None) -> str:
+def toml(
+    flat: Mapping[str, Value], root: str = "", comments: Mapping[str, str] | None = None
+) -> str:
     """Return a flat configuration as TOML tables below `root`, with a comment after each key."""
     groups: dict[str, list[str]] = {}
     for key, value in flat.items():

@@ -7,9 +7,8 @@ check one; `config` says which ones there are.
 import dataclasses
 import difflib
 import math
-import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pfedmoap_flwr.errors import UsageError
 
@@ -25,14 +24,14 @@ def setting(
     high: float = math.inf,
     above: float = -math.inf,
 ) -> Any:
-    """Declare a field with its default, one line of help, and bounds: low <= value <= high, value > above."""
+    """Declare a field: default, one line of help, bounds low <= value <= high and value > above."""
     return dataclasses.field(
         default=default, metadata={"help": help, "low": low, "high": high, "above": above}
     )
 
 
 def key_of(field_name: str) -> str:
-    """Return Flower's spelling of a field: `local_epochs` -> `local-epochs`, `lambda_` -> `lambda`."""
+    """Return Flower's spelling of a field: local_epochs -> local-epochs, lambda_ -> lambda."""
     return field_name.rstrip("_").replace("_", "-")
 
 
@@ -91,7 +90,6 @@ def _checked(key: str, value: Value, hint: Any, bounds: Mapping[str, Any]) -> Va
                 f"did you mean '{near[0]}'?"
             )
         return value
-    assert not isinstance(hint, types.UnionType) and get_origin(hint) is not Union
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -33,7 +33,9 @@ def read_images(
     Raises UsageError for "tokens" and "pixels", which no method here reads yet.
     """
     if reads != "features":
-        raise UsageError(f"a method reads '{reads}' of an image; only 'features' can be read so far")
+        raise UsageError(
+            f"a method reads '{reads}' of an image; only 'features' can be read so far"
+        )
     path = cache_folder() / f"{_key(clip, images)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     # One process computes, the others wait for its file
@@ -52,8 +54,8 @@ def _key(clip: FrozenClip, images: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _encoded(images: datasets.Dataset) -> list[dict[str, bytes | str]]:
-    column: list[dict[str, bytes | str]] = images.cast_column(
+def _encoded(images: datasets.Dataset) -> list[dict[str, Any]]:
+    column: list[dict[str, Any]] = images.cast_column(
         "image", datasets.Image(decode=False)
     ).with_format(None)["image"][:]
     return column

@@ -10,7 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.assets import asset
@@ -32,7 +32,7 @@ class FrozenClip:
     """A CLIP model whose weights never change (open_clip's model, tokenizer and preprocessing)."""
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Callable[[list[str]], Tensor]
     preprocess: Callable[[Any], Tensor]
     device: torch.device
@@ -90,7 +90,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("setting device='cuda': no CUDA device here; use device=auto or device=cpu")
+        raise UsageError(
+            "setting device='cuda': no CUDA device here; use device=auto or device=cpu"
+        )
     return torch.device(name)
 
 
@@ -110,9 +112,9 @@ def load_clip(model: str, pretrained: str, device: str = "auto") -> FrozenClip:
         # open_clip, the hub client and the file readers each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"weights '{pretrained}' for {model} could not be loaded ({reason[:200]}); give a local "
-            "checkpoint with clip.pretrained=/path/to/file, or use the bundled clip.model=mini "
-            "clip.pretrained=mini"
+            f"weights '{pretrained}' for {model} could not be loaded ({reason[:200]}); give a "
+            "local checkpoint with clip.pretrained=/path/to/file, or use the bundled "
+            "clip.model=mini clip.pretrained=mini"
         ) from error
     network.eval().requires_grad_(False)
     return FrozenClip(model, network, open_clip.get_tokenizer(model), preprocess, torch_device)
@@ -126,7 +128,9 @@ def find_weights(model: str, pretrained: str) -> str:
     open_clip.add_model_config(asset("clip"))
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=1, cutoff=0.0)[0]
-        raise UsageError(f"setting clip.model={model!r}: unknown to open_clip; did you mean '{near}'?")
+        raise UsageError(
+            f"setting clip.model={model!r}: unknown to open_clip; did you mean '{near}'?"
+        )
     if Path(pretrained).is_file():
         return str(Path(pretrained).resolve())
     if model == pretrained:
@@ -140,9 +144,10 @@ def find_weights(model: str, pretrained: str) -> str:
         )
     published = open_clip.get_pretrained_cfg(model, pretrained)
     quick_gelu = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    twin = model.removesuffix("-quickgelu") + ("" if quick_gelu else "-quickgelu")
     if bool(published.get("quick_gelu", False)) != quick_gelu:
         raise UsageError(
             f"clip.model={model} and clip.pretrained={pretrained} disagree on QuickGELU; "
-            f"use clip.model={model.removesuffix('-quickgelu') + ('' if quick_gelu else '-quickgelu')}"
+            f"use clip.model={twin}"
         )
     return pretrained

@@ -39,7 +39,9 @@ def why_not(text: Any) -> str | None:
     for block in transformer.resblocks:
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
             return f"it has blocks of another kind ({type(block).__name__})"
-        attn: nn.MultiheadAttention = block.attn
+        attn = block.attn
+        if type(attn) is not nn.MultiheadAttention:
+            return f"it has attention of another kind ({type(attn).__name__})"
         if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
             return "its attention has extra parts"
         if attn.dropout:

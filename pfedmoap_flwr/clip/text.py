@@ -268,7 +268,8 @@ class _Words:
         room = self.length - (not self.tail)  # where padding is EOT, one of it must fit as well
         if n_tokens > room:
             raise ValueError(
-                f"{what} takes {n_tokens} tokens and the text tower reads {room}: {advice}"
+                f"{what} takes {n_tokens} tokens and the text tower reads {room}: "
+                f"{n_tokens - room} too many; {advice}"
             )
 
     def embed(self, ids: Tensor) -> Tensor:

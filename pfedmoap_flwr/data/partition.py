@@ -16,7 +16,9 @@ class DataSettings:
     """The images and who holds them."""
 
     name: str = setting("emoji-domains", "data set")
-    template: str = setting("", "zero-shot sentence with {} for the class; empty: the data set's own")
+    template: str = setting(
+        "", "zero-shot sentence with {} for the class; empty: the data set's own"
+    )
     partition: Literal["dirichlet-domain", "pathological"] = setting(
         "dirichlet-domain", "how images go to clients"
     )
@@ -62,9 +64,7 @@ def _dirichlet_domain(images: ImageData, data: DataSettings, seed: int) -> list[
     clients: list[ClientRows] = []
     for domain, domain_name in enumerate(images.domains):
         parts = _dirichlet(images, domain, per_domain, data.alpha, seed)
-        clients += [
-            ClientRows(len(clients) + k, domain_name, rows) for k, rows in enumerate(parts)
-        ]
+        clients += [ClientRows(len(clients) + k, domain_name, rows) for k, rows in enumerate(parts)]
     return clients
 
 
@@ -91,7 +91,8 @@ def _dirichlet(
             return parts
     raise UsageError(
         f"setting data.alpha={alpha}: no draw of {ATTEMPTS} gave each of {clients} clients of a "
-        f"domain {MIN_TRAIN} training and {MIN_TEST} test images; use a larger alpha or fewer clients"
+        f"domain {MIN_TRAIN} training and {MIN_TEST} test images; use a larger alpha or fewer "
+        "clients"
     )
 
 

@@ -64,9 +64,8 @@ def introduce(grid: Grid, node_ids: list[int], run_name: str, timeout: float) ->
             raise UsageError(f"a node could not introduce itself: {reply.error.reason}")
         cards.append(_card(reply.metadata.src_node_id, reply.content["card"]))
     if len(cards) < len(node_ids):
-        raise UsageError(
-            f"{len(node_ids) - len(cards)} of {len(node_ids)} nodes did not answer within {timeout:g} s"
-        )
+        silent = len(node_ids) - len(cards)
+        raise UsageError(f"{silent} of {len(node_ids)} nodes did not answer within {timeout:g} s")
     return sorted(cards, key=lambda card: card.client)
 
 

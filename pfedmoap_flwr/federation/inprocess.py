@@ -16,7 +16,7 @@ FIRST_NODE_ID = 1000  # not the client id, as in a real federation
 
 
 class InProcessGrid(Grid):
-    """A grid whose nodes are function calls. Exceptions of a ClientApp become error replies there."""
+    """A grid whose nodes are function calls."""
 
     def __init__(
         self, client_app: Callable[[Message, Context], Message], contexts: dict[int, Context]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -91,7 +92,7 @@ def flower_environment() -> dict[str, str]:
 
 @contextmanager
 def _superlink(run_dir: Path) -> Iterator[dict[str, str]]:
-    """Start a SuperLink and yield the environment in which `flwr` finds it; end it with all it started."""
+    """Start a SuperLink and yield the environment in which `flwr` finds it."""
     with tempfile.TemporaryDirectory(prefix="pfedmoap-flwr-", ignore_cleanup_errors=True) as home:
         port = _free_port()
         (Path(home) / "config.toml").write_text(
@@ -117,7 +118,7 @@ def _superlink(run_dir: Path) -> Iterator[dict[str, str]]:
 def _follow(
     run_id: str, environment: dict[str, str], run_dir: Path, settings: Settings, console: Console
 ) -> str:
-    """Print rounds as they are written, until Flower lists the run as finished; return its status."""
+    """Print rounds as they are written until the run is finished; return Flower's status of it."""
     folder = RunFolder(run_dir)
     shown = len(folder.rounds())
     asked = time.monotonic()
@@ -135,7 +136,7 @@ def _follow(
         time.sleep(POLL_SECONDS)
 
 
-def _flwr(words: list[str], environment: dict[str, str]) -> dict[str, object]:
+def _flwr(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(
         ["flwr", *words], env=environment, capture_output=True, text=True, check=False
     )
@@ -164,7 +165,10 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes], run_dir: Path) -
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and everything it started, Ray included."""
     try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        family = [
+            *psutil.Process(process.pid).children(recursive=True),
+            psutil.Process(process.pid),
+        ]
     except psutil.NoSuchProcess:
         return
     for kill in (signal.SIGTERM, signal.SIGKILL):

@@ -1,4 +1,4 @@
-"""What comes back is checked before it counts: known client, right names, shapes, finite numbers."""
+"""What comes back is checked before it counts: sender, names, shapes, finite numbers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -31,7 +31,12 @@ class PromptStrategy(Strategy):
     """Keeps the Server state and the map between client ids and Flower's node ids."""
 
     def __init__(
-        self, settings: Settings, method: Method, server: Server, cards: list[Card], folder: RunFolder
+        self,
+        settings: Settings,
+        method: Method,
+        server: Server,
+        cards: list[Card],
+        folder: RunFolder,
     ) -> None:
         self.settings = settings
         self.method = method
@@ -89,9 +94,9 @@ class PromptStrategy(Strategy):
         self.method.merge(self.server, uploads)
         self.server.round = self.record.round
         weights = {client: upload.num_examples for client, upload in uploads.items()}
-        self.record.train_loss = sum(
-            losses[client] * n for client, n in weights.items()
-        ) / sum(weights.values())
+        self.record.train_loss = sum(losses[client] * n for client, n in weights.items()) / sum(
+            weights.values()
+        )
         return records.to_arrays(self.server.shared), None
 
     def configure_evaluate(

@@ -49,7 +49,7 @@ def train(
             for batch in order.split(settings.batch_size):
                 loss = method.loss(head, data.features[batch], data.labels[batch], received)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 total += loss.detach() * len(batch)
             mean_loss = float(total) / len(data)

@@ -36,7 +36,9 @@ class PromptSettings:
     n_ctx: int = setting(16, "context tokens M", low=1)
     ctx_init: str = setting("", "words to start from instead of N(0, 0.02); sets n-ctx")
     class_specific: bool = setting(False, "one context per class")
-    class_token_position: Position = setting("end", "class name's place")
+    class_token_position: Position = setting(  # noqa: RUF009
+        "end", "class name's place"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class PromptHead(Head):
 class Method:
     """One federated method. Subclasses override what differs from PromptFL, and nothing else."""
 
-    Settings: ClassVar[type | None] = None
+    table: ClassVar[type | None] = None
     personal: tuple[str, ...] = ()
     reads: Literal["features", "tokens", "pixels"] = "features"
 
@@ -163,8 +165,8 @@ class Method:
             return 1e-5
         return self.settings.lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
-    def sgd(self) -> dict[str, float]:
-        """Return SGD's other settings: plain in the paper, momentum and decay in the released code."""
+    def sgd(self) -> dict[str, Any]:
+        """Return SGD's other settings: none in "paper", the released code's in "released"."""
         if self.settings.compat == "paper":
             return {}
         return {"momentum": 0.9, "weight_decay": 5e-4}

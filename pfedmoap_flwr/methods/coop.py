@@ -1,4 +1,4 @@
-"""CoOp, local only (Zhou et al., IJCV 2022, arXiv 2109.01134): each client trains its own prompt."""
+"""CoOp, local only (Zhou et al., IJCV 2022, arXiv 2109.01134): every client for itself."""
 
 from pfedmoap_flwr.methods.base import Method
 

@@ -127,7 +127,7 @@ class PFedMoAPHead(PromptHead):
 class PFedMoAP(Method):
     """Alg. 1: P_g and the K experts down; prompt and gate trained jointly; only the prompt up."""
 
-    Settings = PFedMoAPSettings
+    table = PFedMoAPSettings
     personal = ("gate",)
 
     def build(self, clip: FrozenClip, task: Task) -> Head:

@@ -17,7 +17,9 @@ ACCURACIES = {
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print one run's closing table."""
-    title = "{method} on {dataset}, seed {seed}, {rounds} rounds, {clients} clients".format(**summary)
+    title = "{method} on {dataset}, seed {seed}, {rounds} rounds, {clients} clients".format(
+        **summary
+    )
     table = Table(title=title, show_header=False)
     for key, name in ACCURACIES.items():
         table.add_row(name, f"{summary[key]:.1%}")
@@ -27,7 +29,9 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def print_comparison(summaries: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
+def print_comparison(
+    summaries: Mapping[str, Sequence[Mapping[str, Any]]], console: Console
+) -> None:
     """Print one row per method: mean and standard deviation over its seeds."""
     table = Table(title=f"mean ± standard deviation over {_seeds(summaries)} seeds")
     table.add_column("method")
