@@ -22,7 +22,7 @@ from pfedmoap_flwr.federation.inprocess import run_in_process
 from pfedmoap_flwr.federation.launch import RunFailed, simulate
 from pfedmoap_flwr.federation.strategy import AllClientsFailed
 from pfedmoap_flwr.report import table
-from pfedmoap_flwr.report.run_folder import default_path, load_settings
+from pfedmoap_flwr.report.run_folder import check_same, check_unused, default_path, load_settings
 from pfedmoap_flwr.settings import Value
 
 DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
@@ -98,10 +98,13 @@ def make_plan(words: dict[str, Value]) -> Plan:
     """Check everything that can be checked before a run starts. Raises UsageError."""
     if resume := str(words.get("resume", "")):
         run_dir = Path(resume).resolve()
-        settings = load_settings(run_dir).replace({**words, "resume": str(run_dir)})
+        before = load_settings(run_dir)
+        settings = before.replace({**words, "resume": str(run_dir)})
+        check_same(before, settings)
     else:
         settings = config.parse(words)
         run_dir = Path(settings.run_dir).resolve() if settings.run_dir else default_path(settings)
+        check_unused(run_dir)
     places: dict[str, Value] = {
         "run-dir": str(run_dir),
         "state-dir": str(run_dir / "clients"),

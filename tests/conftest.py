@@ -1,7 +1,8 @@
 """A tiny random CLIP and a tiny two-domain data set, found the way the embedded ones are."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from flwr.app import Message
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.federation.inprocess import run_in_process
+from pfedmoap_flwr.federation import inprocess, records
+from pfedmoap_flwr.federation.inprocess import FIRST_NODE_ID, InProcessGrid, run_in_process
 from pfedmoap_flwr.report.run_folder import RunFolder
 
 CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
@@ -60,8 +64,10 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     open_clip.add_model_config(folder / "clip")
     torch.manual_seed(0)
     model = open_clip.create_model("tiny")
-    # Random towers tell prompts apart better with larger weights
-    weights = {n: t * (3 if "resblocks" in n else 1) for n, t in model.state_dict().items()}
+    # A random vision tower tells images apart better with larger weights; a text tower like that
+    # would turn rounding errors of the context into other features
+    large = "visual.transformer.resblocks"
+    weights = {n: t * (3 if large in n else 1) for n, t in model.state_dict().items()}
     save_file({n: t.contiguous() for n, t in weights.items()}, folder / "clip" / "tiny.safetensors")
     _write_images(folder / "emoji-domains")
     return folder
@@ -110,3 +116,65 @@ def federate(tmp_path: Path) -> Callable[..., RunFolder]:
         return RunFolder(folder)
 
     return run
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A message, its answer, and copies of the arrays that went down and up."""
+
+    kind: str
+    round: int
+    client: int
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    message: Message
+    reply: Message
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[Exchange]:
+    """All that travels in the test's federations after the introductions, in order."""
+    exchanges: list[Exchange] = []
+
+    class RecordingGrid(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = []
+            for message in messages:
+                ids += super().push_messages([message])
+                if "arrays" in message.content:
+                    exchanges.append(_exchange(message, self._replies[ids[-1]]))
+            return ids
+
+    monkeypatch.setattr(inprocess, "InProcessGrid", RecordingGrid)
+    return exchanges
+
+
+def _exchange(message: Message, reply: Message) -> Exchange:
+    up = reply.content.get("arrays") if reply.has_content() else None
+    return Exchange(
+        kind=message.metadata.message_type,
+        round=int(message.content["config"]["round"]),
+        client=message.metadata.dst_node_id - FIRST_NODE_ID,
+        down=records.to_tensors(message.content["arrays"]),
+        up={} if up is None else records.to_tensors(up),
+        message=message,
+        reply=reply,
+    )
+
+
+def rounds(run: RunFolder) -> list[dict[str, Any]]:
+    """Return what rounds.jsonl says, apart from the time it took."""
+    return [{**asdict(record), "seconds": None} for record in run.rounds()]
+
+
+def tensor_files(run: RunFolder) -> dict[str, bytes]:
+    """Return the checkpoint and every kept head, byte for byte."""
+    files = sorted(run.path.rglob("*.safetensors"))
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
+
+
+def assert_same(run: RunFolder, other: RunFolder) -> None:
+    """Two runs left the same bytes and the same numbers."""
+    assert rounds(run) == rounds(other)
+    assert tensor_files(run) == tensor_files(other)
+    assert (run.path / "clients.csv").read_text() == (other.path / "clients.csv").read_text()

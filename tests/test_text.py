@@ -1,5 +1,6 @@
 """The text tower as a function of the context equals a plain full-length forward of open_clip's."""
 
+import copy
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -83,7 +84,8 @@ def model(tower: str) -> nn.Module:
         "text_cfg": TEXT | changes.get("text_cfg", {}),
         "vision_cfg": vision | changes.get("vision_cfg", {}),
     }
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         (Path(folder) / f"text-{tower}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder)
         made: nn.Module = open_clip.create_model(f"text-{tower}", pretrained=None)
@@ -209,27 +211,28 @@ def test_any_context_gives_the_full_length_features_and_gradients(
     assert relative(ours[1], theirs[1]) < 1e-5
 
 
-@pytest.mark.parametrize("mistake", ["position", "order", "activation", "weight", "full stop"])
-def test_a_mistake_would_show(mistake: str) -> None:
-    clip, ctx = model("flat"), random_ctx(4)
-    expected = reference(clip, ctx)
-    other: Any = model("flat-quickgelu" if mistake == "activation" else "flat")
-    saved = {name: value.clone() for name, value in other.state_dict().items()}
-    tokens = tokenizer()
-    try:
-        if mistake == "position":
-            other.positional_embedding[:] = other.positional_embedding.roll(1, 0)
-        elif mistake == "order":
-            ctx = ctx.flip(0)
-        elif mistake == "weight":
-            other.transformer.resblocks[-1].attn.in_proj_bias[-64:] += 0.1
-        elif mistake == "full stop":
-            names = tuple(f"{name} ," for name in NAMES)
-            assert relative(reference(clip, ctx, names), expected) > 1e-3
-            return
-        assert relative(reference(other, ctx, NAMES, tokens=tokens), expected) > 1e-3
-    finally:
-        other.load_state_dict(saved)
+def test_a_mistake_would_show() -> None:
+    ctx = random_ctx(4)
+    expected = reference(model("flat"), ctx)
+
+    def changed(tower: str = "flat", **changes: Callable[[Tensor], Tensor]) -> Tensor:
+        clip = copy.deepcopy(model(tower))
+        for name, change in changes.items():
+            weight = clip.get_parameter(name.replace("__", "."))
+            weight.data = change(weight.data)
+        return reference(clip, ctx)
+
+    mistakes = {
+        "order": reference(model("flat"), ctx.flip(0)),
+        "no full stop": reference(model("flat"), ctx, tuple(f"{name} ," for name in NAMES)),
+        "class": expected.roll(1, 0),
+        "position": changed(positional_embedding=lambda weight: weight.roll(1, 0)),
+        "activation": changed("flat-quickgelu"),
+        "last layer": changed(
+            transformer__resblocks__2__attn__in_proj_bias=lambda weight: weight + 0.1
+        ),
+    }
+    assert {name for name, wrong in mistakes.items() if relative(wrong, expected) < 1e-3} == set()
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
@@ -257,6 +260,20 @@ def test_many_prompts_at_once_are_each_encoded_alone(tower: str, class_specific:
         for j in range(3):
             assert relative(together[i, j], encoder(ctx[i, j])) < 1e-5
     assert torch.allclose(together.norm(dim=-1), torch.ones(()))
+
+
+@pytest.mark.parametrize("tower", ["flat", "both-ways"])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_a_repeat_gives_the_same_bytes(tower: str, position: Any) -> None:
+    names = [f"rose {i}" for i in range(60)]
+    encoder = PromptEncoder(model(tower), tokenizer(), names, n_ctx=16, position=position)
+    ctx = random_ctx(16)
+    torch.set_num_threads(2)  # where several threads add to one gradient, their order shows
+    try:
+        runs = [value_and_gradient(encoder, ctx) for _ in range(4)]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
 def test_a_class_does_not_depend_on_the_others() -> None:
@@ -296,6 +313,29 @@ def test_other_towers_pass_through_their_own_forward(tower: str, position: Any) 
     assert relative(ours[0], theirs[0]) < 1e-5
     assert relative(ours[1], theirs[1]) < 1e-5
     assert theirs[1].norm() > 1e-3
+
+
+def siglip_tokens(texts: list[str], context_length: int = LENGTH) -> Tensor:
+    """Ids as SigLIP's tokenizer lays them out: no SOS, no punctuation, padded with EOT."""
+    rows = [tokenizer().encode(text.replace(".", "")) for text in texts]
+    ids = torch.ones(len(rows), context_length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : min(len(row), context_length - 1)] = torch.tensor(row[: context_length - 1])
+    return ids
+
+
+@pytest.mark.parametrize("tower", ["last", "qk-norm"])
+def test_another_layout_of_special_tokens(tower: str) -> None:
+    clip = model(tower)
+    ctx = embed_words(clip, siglip_tokens, "a photo of a")
+    assert len(ctx) == 4
+    encoder = PromptEncoder(clip, siglip_tokens, NAMES, n_ctx=4)
+    texts = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
+    assert relative(encoder(ctx), encode_text(clip, siglip_tokens, texts)) < 1e-5
+    long = " ".join(["rose"] * (LENGTH - 5))
+    PromptEncoder(clip, siglip_tokens, [long], n_ctx=4)
+    with pytest.raises(ValueError, match="too many"):
+        PromptEncoder(clip, siglip_tokens, [f"{long} rose"], n_ctx=4)
 
 
 class Transformers(nn.Module):
@@ -365,7 +405,9 @@ def test_a_name_too_long_for_the_tower(tower: str) -> None:
     fits = " ".join(["rose"] * (LENGTH - 3 - 4))
     encoder = PromptEncoder(model(tower), tokenizer(), ["cat", fits], n_ctx=4)
     assert encoder(random_ctx(4)).isfinite().all()
-    with pytest.raises(ValueError, match=r"rose rose.* takes 33 tokens .* reads 32: shorten"):
+    with pytest.raises(
+        ValueError, match=r"rose rose.* takes 33 tokens .* reads 32: 1 too many; shorten"
+    ):
         PromptEncoder(model(tower), tokenizer(), ["cat", f"{fits} rose"], n_ctx=4)
     with pytest.raises(ValueError, match=r"cat.* takes 34 tokens"):
         PromptEncoder(model(tower), tokenizer(), ["cat"], n_ctx=30)
@@ -373,15 +415,15 @@ def test_a_name_too_long_for_the_tower(tower: str) -> None:
 
 def test_impossible_settings() -> None:
     clip = model("flat")
-    for settings_, match in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"n_ctx": 0}, "n_ctx is 0"),
-        ({"n_ctx": 4, "position": "back"}, 'position is "back"'),
-        ({"n_ctx": 4, "classnames": []}, "at least one name"),
-        ({"n_ctx": 4, "classnames": ["cat", " "]}, "none empty"),
-    ]:
-        arguments: dict[str, Any] = {"classnames": NAMES, **settings_}
+        ({"position": "back"}, 'position is "back"'),
+        ({"classnames": []}, "at least one name"),
+        ({"classnames": ["cat", " "]}, "none empty"),
+    ]
+    for wrong, match in cases:
         with pytest.raises(ValueError, match=match):
-            PromptEncoder(clip, tokenizer(), **arguments)
+            PromptEncoder(clip, tokenizer(), **{"classnames": NAMES, "n_ctx": 4, **wrong})
     encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)
     for shape in [(5,), (), (4, 4, 3)]:
         with pytest.raises(ValueError, match=r"last dimensions must be \(4, 64\)"):
@@ -411,6 +453,7 @@ def test_names_of_any_length(
     assert relative(encoder(ctx), reference(clip, ctx, names, position)) < 1e-5
 
 
+@settings(deadline=None)
 @given(
     ends=st.lists(st.integers(1, 40), min_size=1, max_size=60), width=st.sampled_from([8, 64, 512])
 )
@@ -439,7 +482,7 @@ def test_packing_places_every_token_once(ends: list[int], width: int) -> None:
 
 def test_shared_tokens_are_computed_once() -> None:
     clip: Any = model("flat")
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=16)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=12)
     seen: list[int] = []
     handles = [
         block.mlp.register_forward_hook(
@@ -447,10 +490,10 @@ def test_shared_tokens_are_computed_once() -> None:
         )
         for block in clip.transformer.resblocks
     ]
-    encoder(random_ctx(16))
+    encoder(random_ctx(12))
     for handle in handles:
         handle.remove()
-    distinct = 17 + sum(len(tokenizer().encode(f"{name}.".replace("_", " "))) + 1 for name in NAMES)
+    distinct = 13 + sum(len(tokenizer().encode(f"{name}.".replace("_", " "))) + 1 for name in NAMES)
     assert all(distinct <= n <= 1.2 * distinct for n in seen[:-1])
     assert seen[-1] == len(NAMES)
 
@@ -493,9 +536,11 @@ def test_on_cuda_against_float64(tower: str, dtype: torch.dtype) -> None:
     encoder = PromptEncoder(clip.to("cuda", dtype), tokenizer(), NAMES, n_ctx=4)
     ours = value_and_gradient(encoder, ctx.cuda())
     again = value_and_gradient(encoder, ctx.cuda())
-    limit = 1e-4 if dtype == torch.float32 else 0.1
-    assert relative(ours[0].double().cpu(), expected[0]) < limit
-    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    limit = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    for a, b in zip(ours, expected, strict=True):
+        assert relative(a.double().cpu(), b) < limit
+    if encoder.fallback is None:
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 def test_encode_text_is_open_clips_own() -> None:

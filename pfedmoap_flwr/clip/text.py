@@ -98,6 +98,8 @@ class PromptEncoder:
             raise ValueError(
                 f"ctx has shape {tuple(ctx.shape)}; its last dimensions must be {shape}"
             )
+        if not ctx.numel():  # no prompts at all, as with a pool of no others
+            return ctx.new_zeros(*lead, len(self.classnames), self.embed_dim)
         features = self._encode(ctx.reshape(-1, *shape), self._all)
         return F.normalize(features, dim=-1).reshape(*lead, *features.shape[1:])
 
@@ -130,9 +132,7 @@ class PromptEncoder:
         chosen = torch.tensor(classes)
         rows, ids = self._rows[chosen], self._ids(self._words.filler)[chosen]
         fixed, index = torch.unique(ids, return_inverse=True)
-        ctx = len(fixed) + self.n_ctx + rows
-        if self.class_specific:
-            ctx = ctx + self.n_ctx * chosen[:, None]
+        ctx = len(fixed) + self.n_ctx * (chosen[:, None] + 1) + rows
         packing = None
         if self.fallback is None:
             packing = prefix.pack([self._ends[c] for c in classes], self._shared, self.width)
@@ -143,8 +143,12 @@ class PromptEncoder:
     def _encode(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
         """Features (P, C, d), not normalised, from contexts (P, M, D) or (P, all classes, M, D)."""
         words, n_prompts = self._words, len(ctx)
+        if not self.class_specific:
+            # A copy for each class: if many tokens read one row, threads would add up its gradient
+            # in any order, and a repeated run would not give the same bytes.
+            ctx = ctx[:, None].expand(-1, len(self.classnames), -1, -1)
         fixed = words.embed(prompts.fixed).expand(n_prompts, -1, -1)
-        table = torch.cat([fixed, ctx.flatten(1, -2)], dim=1)
+        table = torch.cat([fixed, ctx.flatten(1, 2)], dim=1)
         packing = prompts.packing
         if packing is None:
             rows = table[:, prompts.index].flatten(0, 1)
@@ -218,7 +222,7 @@ def encode_text(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Prompts of C classes, whose tokens are rows of a table: U words, then the context tokens."""
+    """Prompts of some classes, whose tokens are rows of a table: U words, then all contexts."""
 
     ids: Tensor  # (C, L) token ids, with a filler for the context
     fixed: Tensor  # (U,) the distinct ids among them

@@ -27,9 +27,10 @@ class ImageData:
     template: str
     splits: Mapping[str, datasets.Dataset]
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - a data set lives as long as its process
     def column(self, split: str, name: str) -> np.ndarray:
         """Return an integer column (n,) of a split."""
-        return np.asarray(self.splits[split].with_format(None)[name], dtype=np.int64)
+        return np.asarray(self.splits[split].with_format("numpy")[name][:], dtype=np.int64)
 
 
 @functools.lru_cache(maxsize=2)

@@ -103,12 +103,15 @@ def train(message: Message, context: Context) -> RecordDict:
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Measure the personal model (the kept head) and the global one (what was received).
 
-    A client that never trained has the global model for its own. Round 0 adds zero-shot CLIP.
+    A client that never trained has the global model for its own. Round 0, which begins a run, adds
+    zero-shot CLIP.
     """
     client = _client(message, context)
     server_round = int(message.content["config"]["round"])
     received = records.to_tensors(message.content["arrays"])
-    kept = client.kept.load(before=server_round + 1) if server_round else None
+    if server_round == 0:
+        client.kept.clear()
+    kept = client.kept.load(before=server_round + 1)
     heads = {"global": client.head(received)}
     heads["personal"] = client.head(kept) if kept is not None else heads["global"]
     if server_round == 0:
@@ -117,10 +120,10 @@ def evaluate(message: Message, context: Context) -> RecordDict:
         )
     metrics: dict[str, int | float] = {"client": client.id, "round": server_round}
     for name, head in heads.items():
-        metrics[f"{name}-accuracy"] = work.accuracy(head, client.splits["test"])
-        if len(client.splits["validation"]):
-            validation = work.accuracy(head, client.splits["validation"])
-            metrics[f"{name}-validation-accuracy"] = validation
+        measured = work.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
+        metrics[f"{name}-accuracy"] = measured["test"]
+        if "validation" in measured:
+            metrics[f"{name}-validation-accuracy"] = measured["validation"]
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 

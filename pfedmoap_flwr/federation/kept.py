@@ -33,6 +33,11 @@ class KeptHeads:
         for stale in [*earlier[:-1], *later]:
             self._path(stale).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all heads, at the start of a run: one of the same name may have left some."""
+        for server_round in self._rounds():
+            self._path(server_round).unlink(missing_ok=True)
+
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:05d}.safetensors"
 

@@ -51,7 +51,7 @@ class PromptStrategy(Strategy):
     def start_all(self, grid: Grid) -> Result:
         """Run the rounds that are left; before the first one, measure where clients start from."""
         arrays = records.to_arrays(self.server.shared)
-        if self.server.round == 0:
+        if self.server.round == 0 and not self.folder.rounds():
             self._begin(0)
             messages = self._evaluation_messages(0)
             self.aggregate_evaluate(
@@ -106,7 +106,7 @@ class PromptStrategy(Strategy):
         server_round += self.first_round
         last = server_round == self.settings.num_server_rounds
         if server_round % self.settings.eval_every and not last:
-            return []
+            return self._expect({})
         return self._evaluation_messages(server_round)
 
     def aggregate_evaluate(

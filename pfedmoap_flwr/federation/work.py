@@ -1,6 +1,8 @@
 """What a client computes: local training and evaluation. Plain PyTorch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +59,17 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(head: Head, data: Split) -> float:
-    """Return the share of images whose largest logit is their label; prompts are encoded once."""
+def accuracies(head: Head, splits: Mapping[str, Split]) -> dict[str, float]:
+    """Return, by split, the share of images whose largest logit is their label.
+
+    Prompts are encoded once for all splits; a split without images has no accuracy.
+    """
     head.eval()
     encoded = head.encode()
+    return {name: _accuracy(head, encoded, data) for name, data in splits.items() if len(data)}
+
+
+def _accuracy(head: Head, encoded: Any, data: Split) -> float:
     right = 0
     for start in range(0, len(data), EVALUATION_BATCH):
         part = slice(start, start + EVALUATION_BATCH)

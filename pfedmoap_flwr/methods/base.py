@@ -127,7 +127,7 @@ class PromptHead(Head):
 
     def classify(self, image_features: Tensor, encoded: Any) -> Tensor:
         """Return logits (B, C) from text features (C, d)."""
-        return self.logit_scale * image_features @ encoded.t()
+        return self.logit_scale * (image_features @ encoded.t())
 
 
 class Method:

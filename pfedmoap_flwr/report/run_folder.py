@@ -60,8 +60,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, settings: Settings) -> "RunFolder":
-        """Make the folder of a new run and write its settings and environment."""
+        """Make the folder of a new run and write its settings and environment.
+
+        Raises UsageError where it holds a run already.
+        """
         folder = cls(Path(settings.run_dir) if settings.run_dir else default_path(settings))
+        check_unused(folder.path)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._write("settings.json", json.dumps(settings.flat(), indent=2))
         folder._write("environment.json", json.dumps(environment(), indent=2))
@@ -133,6 +137,15 @@ def load_settings(run_dir: Path) -> Settings:
         return parse(json.loads((run_dir / "settings.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"resume={run_dir}: no settings.json there; give a run's folder") from None
+
+
+def check_unused(run_dir: Path) -> None:
+    """Raise UsageError where a folder holds the rounds of a run: another's would be mixed in."""
+    if (run_dir / "rounds.jsonl").exists():
+        raise UsageError(
+            f"setting run-dir={run_dir}: holds a run already; give another folder, or continue "
+            f"that run with resume={run_dir}"
+        )
 
 
 def check_same(before: Settings, now: Settings) -> None:

@@ -1,0 +1,172 @@
+"""Rule 1, who may know whom; nothing is pickled; no file and no function is long."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pfedmoap_flwr import methods
+from pfedmoap_flwr.methods import Method
+
+ROOT = Path(methods.__file__).parents[2]
+PACKAGE = "pfedmoap_flwr"
+FILES = [*sorted(ROOT.glob(f"{PACKAGE}/**/*.py")), ROOT / "server_app.py", ROOT / "client_app.py"]
+MAX_FILE, MAX_FUNCTION = 400, 60
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def imports(source: str, package: str = "") -> set[str]:
+    """The full names of all that is imported, inside functions and for types too.
+
+    `from a import b` counts as a and as a.b; a relative import starts at `package`.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            start = ".".join([*above, node.module or ""] if node.level else [node.module or ""])
+            start = start.strip(".")
+            names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_file(path: Path) -> set[str]:
+    return imports(path.read_text(), ".".join(path.relative_to(ROOT).parts[:-1]))
+
+
+def within(names: set[str], *modules: str) -> set[str]:
+    """Those of the names that are one of the modules or below one."""
+    return {n for n in names if any(n == m or n.startswith(f"{m}.") for m in modules)}
+
+
+def pickling(source: str) -> set[str]:
+    """What in a source pickles or unpickles."""
+    found = within(imports(source), "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib")
+    found |= within(imports(source), "shelve", "marshal", "torch.load", "torch.save")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "torch.save"}:
+            found.add(ast.unparse(node))
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.add("allow_pickle")
+    return found
+
+
+def long_functions(source: str) -> set[str]:
+    functions = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return {f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > MAX_FUNCTION}
+
+
+def in_folder(name: str) -> Iterator[Path]:
+    found = [path for path in FILES if path.parent == ROOT / PACKAGE / name]
+    assert len(found) > 1
+    return iter(found)
+
+
+def test_methods_import_no_flower_and_no_federation() -> None:
+    for path in in_folder("methods"):
+        forbidden = (f"{PACKAGE}.federation", f"{PACKAGE}.report", f"{PACKAGE}.cli", "ray")
+        assert within(of_file(path), "flwr", *forbidden) == set(), path.name
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_imports_no_other_method(name: str) -> None:
+    others = [f"{PACKAGE}.methods.{other}" for other in methods.names() if other != name]
+    source = ROOT / PACKAGE / "methods" / f"{name}.py"
+    assert within(of_file(source), *others) == set()
+    # Neither by way of the package, which knows them all
+    names = of_file(source)
+    assert f"{PACKAGE}.methods.load" not in names
+    assert f"{PACKAGE}.methods" not in names
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_inherits_the_abstraction_and_no_method(name: str) -> None:
+    found = methods.load(name)
+    assert found.__bases__ == (Method,)
+    assert found.__module__ == f"{PACKAGE}.methods.{name}"
+
+
+def test_the_base_knows_no_method() -> None:
+    base = ROOT / PACKAGE / "methods" / "base.py"
+    others = [f"{PACKAGE}.methods.{name}" for name in methods.names()]
+    assert within(of_file(base), *others) == set()
+
+
+@pytest.mark.parametrize("folder", ["clip", "data"])
+def test_clip_and_data_know_neither_methods_nor_federation(folder: str) -> None:
+    forbidden = [f"{PACKAGE}.{name}" for name in ("methods", "federation", "report", "config")]
+    for path in in_folder(folder):
+        assert within(of_file(path), "flwr", *forbidden) == set(), path.name
+
+
+def test_flower_stays_inside_federation_and_the_two_doors() -> None:
+    users = {str(path.relative_to(ROOT)) for path in FILES if within(of_file(path), "flwr")}
+    doors = {"server_app.py", "client_app.py"}
+    assert doors < users
+    assert {user for user in users - doors if f"{PACKAGE}/federation/" not in user} == set()
+
+
+@every_file
+def test_nothing_is_pickled(path: Path) -> None:
+    assert pickling(path.read_text()) == set()
+
+
+@every_file
+def test_no_file_and_no_function_is_long(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= MAX_FILE
+    assert long_functions(source) == set()
+
+
+# These tests find what they look for
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import a.b.c",
+        "from a.b import c",
+        "from a import b",
+        "from .b import c",
+        "from . import b",
+        "def f():\n    from a.b.c import d",
+        "if TYPE_CHECKING:\n    from a.b import c as d",
+    ],
+)
+def test_every_way_to_import_is_seen(source: str) -> None:
+    assert within(imports(source, "a"), "a.b")
+    assert not within(imports(source, "a"), "a.bb", "b")
+
+
+def test_relative_imports_reach_upwards() -> None:
+    assert "a.x.y" in imports("from ..x import y", "a.b")
+    assert "a.x" in imports("from .. import x", "a.b")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "from torch import load",
+        "np.load(path, allow_pickle=True)",
+        "torch.save(x, path)",
+    ],
+)
+def test_pickling_is_seen(source: str) -> None:
+    assert pickling(source)
+
+
+def test_long_functions_are_seen() -> None:
+    body = "    x = 1\n"
+    assert long_functions("def f():\n" + body * (MAX_FUNCTION - 1)) == set()
+    assert long_functions("class A:\n  def f():\n" + body * MAX_FUNCTION) == {"f"}

@@ -1,0 +1,356 @@
+"""The laws: what must hold for every method, one that is added tomorrow included.
+
+Laws 3, 4 and 5 are in test_laws_of_accidents; law 6, Ray equals in-process, where Ray is started.
+"""
+
+import copy
+import dataclasses
+import json
+import random
+import tomllib
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, rounds
+from flwr.app import Array
+from torch import Tensor
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.features import read_images
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.data.images import load_images
+from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.federation import checkpoint, client, records, work
+from pfedmoap_flwr.federation.kept import KeptHeads
+from pfedmoap_flwr.methods import Head, Method, Task, Upload
+from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.settings import key_of
+
+Federate = Callable[..., RunFolder]
+every_method = pytest.mark.parametrize("method", methods.names())
+SHORT = {"local_epochs": 1, "batch_size": 16}
+
+
+def made(name: str, **changes: Any) -> tuple[Method, FrozenClip, Head]:
+    """A method with the tiny settings, its CLIP and a fresh head."""
+    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    settings = config.parse({**TINY, "method": name, **changes})
+    method = methods.load(name)(settings)
+    clip = load_clip("tiny", "tiny", "cpu")
+    images = load_images("emoji-domains")
+    return method, clip, method.build(clip, Task(images.classnames, images.template))
+
+
+# Law 1
+
+
+@every_method
+def test_1_what_travels_and_what_is_personal_are_disjoint_and_all(
+    method: str, federate: Federate, wire: list[Exchange]
+) -> None:
+    made_method, _, head = made(method)
+    trainable = {name for name, _ in head.named_parameters()}
+    personal = {name for name in trainable if made_method.is_personal(name)}
+    for entry in made_method.personal:
+        assert any(name == entry or name.startswith(f"{entry}.") for name in trainable), entry
+    run = federate(method=method, **SHORT)
+    uploads = [set(exchange.up) for exchange in wire if exchange.kind == "train"]
+    assert len(uploads) == 2 * NUM_CLIENTS
+    for names in uploads:
+        assert names & personal == set()
+        assert names | personal == trainable
+    for exchange in wire:
+        assert exchange.down.keys() & personal == set()
+    server = checkpoint.load(run.path)
+    for tensors in (server.shared, server.extra, *server.pool.values()):
+        assert tensors.keys() & personal == set()
+
+
+# Law 2
+
+
+@every_method
+def test_2_a_repeat_is_bitwise_equal(method: str, federate: Federate) -> None:
+    torch.manual_seed(1)
+    first = federate("first/run", method=method, **SHORT)
+    federate("another/run", method=method, seed=5, num_server_rounds=1, **SHORT)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002 - what a careless method might draw from
+    random.seed(2)
+    assert_same(first, federate("second/run", method=method, **SHORT))
+
+
+@every_method
+def test_2_the_seed_is_what_decides(method: str, federate: Federate) -> None:
+    first = federate("first/run", method=method, num_server_rounds=1, **SHORT)
+    second = federate("second/run", method=method, num_server_rounds=1, seed=5, **SHORT)
+    assert rounds(first) != rounds(second)
+
+
+@every_method
+def test_2_every_start_follows_the_seed(method: str) -> None:
+    _, _, head = made(method)
+    _, _, same = made(method)
+    _, _, other = made(method, seed=5)
+    twins, others = dict(same.named_parameters()), dict(other.named_parameters())
+    for name, parameter in head.named_parameters():
+        assert torch.equal(parameter, twins[name])
+        assert not torch.equal(parameter, others[name]), name
+
+
+def order_of_images(seed: int, number: int, server_round: int) -> tuple[int, ...]:
+    """The images of a training in the order in which the loss sees them."""
+    method, _, head = made("promptfl", seed=seed, batch_size=7)
+    seen: list[int] = []
+
+    def loss(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
+        seen.extend(labels.tolist())
+        return features.sum() * sum(parameter.sum() for parameter in head.parameters())
+
+    method.loss = loss  # type: ignore[method-assign]
+    work.train(
+        method, head, work.Split(torch.ones(20, 64), torch.arange(20)), {}, number, server_round
+    )
+    first, second = seen[:20], seen[20:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    return tuple(seen)
+
+
+def test_2_seed_client_and_round_decide_the_order_of_images() -> None:
+    keys = [(seed, number, r) for seed in (0, 1) for number in (0, 1) for r in (1, 2)]
+    torch.manual_seed(1)
+    orders = [order_of_images(*key) for key in keys]
+    torch.manual_seed(2)
+    assert [order_of_images(*key) for key in keys] == orders
+    assert len(set(orders)) == len(keys)
+
+
+# Law 7
+
+
+@every_method
+def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
+    federate(method=method, **SHORT)
+    used = load_clip("tiny", "tiny", "cpu")
+    untouched = load_clip.__wrapped__("tiny", "tiny", "cpu")
+    # A twin has no fingerprint yet, so it is computed from the weights as they are now
+    assert dataclasses.replace(used).fingerprint == untouched.fingerprint
+    assert {p.grad for p in used.model.parameters()} == {None}
+    assert not any(module.training for module in used.model.modules())
+
+
+# Law 8
+
+
+@pytest.fixture
+def renumbered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[int]], None]]:
+    """Let client i hold what client order[i] would hold."""
+
+    def renumber(order: list[int]) -> None:
+        def permuted(*arguments: Any) -> list[Any]:
+            clients = partition(*arguments)
+            return [dataclasses.replace(clients[who], client=i) for i, who in enumerate(order)]
+
+        client._node.cache_clear()
+        monkeypatch.setattr(client, "partition", permuted)
+
+    yield renumber
+    client._node.cache_clear()
+
+
+@every_method
+def test_8_renumbering_clients_renumbers_results(
+    method: str, federate: Federate, renumbered: Callable[[list[int]], None]
+) -> None:
+    order = [2, 0, 3, 1]
+    # One batch an epoch, so that the order of images has no say
+    options = {"method": method, "num_server_rounds": 3, "batch_size": 96, "lr": 0.01}
+    first = federate("first", **options)
+    renumbered(order)
+    second = federate("second", **options)
+    one, other = checkpoint.load(first.path), checkpoint.load(second.path)
+    assert one.examples == {who: other.examples[i] for i, who in enumerate(order)}
+    assert len(set(one.examples.values())) == NUM_CLIENTS
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(other.shared, one.shared, **close)
+    for i, who in enumerate(order):
+        torch.testing.assert_close(other.pool[i], one.pool[who], **close)
+        torch.testing.assert_close(kept_head(second, i), kept_head(first, who), **close)
+    for record, others in zip(first.rounds(), second.rounds(), strict=True):
+        assert others.clients == {i: record.clients[who] for i, who in enumerate(order)}
+    # Clients differ from each other by more than is tolerated
+    for i, j in combinations(range(NUM_CLIENTS), 2):
+        for name, tensor in one.pool[i].items():
+            assert (tensor - one.pool[j][name]).abs().max() > 5e-3
+
+
+def kept_head(run: RunFolder, number: int) -> dict[str, Tensor]:
+    (folder,) = run.path.rglob(f"client-{number}")
+    return KeptHeads(folder).load(before=1000) or {}
+
+
+# Law 9
+
+
+@pytest.mark.parametrize("compat", ["paper", "released"])
+@pytest.mark.parametrize("num_experts", [0, 2])
+def test_9_pfedmoap_without_gate_and_with_lambda_1_trains_the_prompt_of_promptfl(
+    compat: str, num_experts: int, federate: Federate
+) -> None:
+    options = {"num_server_rounds": 3, "fraction_train": 0.75, "compat": compat}
+    neutral = {"pfedmoap.gate": "none", "pfedmoap.lambda": 1.0}
+    neutral["pfedmoap.num-experts"] = num_experts
+    ours = federate("ours", method="pfedmoap", flat=neutral, **options)
+    theirs = federate("theirs", method="promptfl", **options)
+    one, other = checkpoint.load(ours.path), checkpoint.load(theirs.path)
+    assert torch.equal(one.shared["ctx"], other.shared["ctx"])
+    assert not torch.equal(one.shared["ctx"], one.pool[0]["ctx"])
+    for name in other.pool:
+        assert torch.equal(one.pool[name]["ctx"], other.pool[name]["ctx"])
+
+
+# Law 10
+
+
+@every_method
+def test_10_the_bytes_declared_are_the_bytes_sent(
+    method: str, federate: Federate, wire: list[Exchange]
+) -> None:
+    run = federate(method=method, num_server_rounds=3, fraction_train=0.75, **SHORT)
+    down: dict[int, dict[int, int]] = {0: {}, 1: {}, 2: {}, 3: {}}
+    up = copy.deepcopy(down)
+    for exchange in wire:
+        # Nothing else that could hold numbers by the thousand
+        assert exchange.message.content.keys() == {"arrays", "config"}
+        if exchange.kind == "train":
+            assert exchange.reply.content.keys() == {"arrays", "metrics"}
+            for sent, content in ((down, exchange.message.content), (up, exchange.reply.content)):
+                arrays = content["arrays"].values()
+                size = sum(array.numpy().nbytes for array in arrays)
+                sent[exchange.round][exchange.client] = size
+    records_ = run.rounds()
+    assert {record.round: record.bytes_down for record in records_} == down
+    assert {record.round: record.bytes_up for record in records_} == up
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["bytes_down"] == sum(sum(sizes.values()) for sizes in down.values())
+    assert summary["bytes_up"] == sum(sum(sizes.values()) for sizes in up.values())
+
+
+# Law 11
+
+
+def another(hint: Any, value: Any) -> Any:
+    """A value of the same type that is not the default."""
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return 'C:\\runs\\"a {}"\t\n=# ä'
+    return value + 1 if isinstance(value, int) else value * 0.7
+
+
+def changed(method: str) -> dict[str, Any]:
+    """A flat configuration in which no setting, of any method, has its default."""
+    parts = {"": config.General, **config.PARTS}
+    parts |= {name: type(own) for name, own in config.Settings().tables.items()}
+    flat: dict[str, Any] = {}
+    for part, cls in parts.items():
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            key = f"{part}.{key_of(field.name)}".removeprefix(".")
+            flat[key] = another(hints[field.name], field.default)
+    return {**flat, "method": method}
+
+
+@every_method
+def test_11_settings_survive_being_written_and_read(method: str) -> None:
+    flat = changed(method)
+    settings = config.parse(flat)
+    defaults = config.Settings().flat()
+    assert settings.flat() == flat
+    assert flat.keys() == defaults.keys() == config.known_keys().keys()
+    assert {key for key in flat if flat[key] == defaults[key]} <= {"method"}
+    assert config.parse(settings.flat()) == settings
+    toml = tomllib.loads(config.toml(settings.flat()))
+    flat_again = {
+        f"{name}.{key}" if isinstance(value, dict) else name: inner
+        for name, value in toml.items()
+        for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+    assert config.parse(flat_again) == settings
+    assert settings != config.parse({"method": method})
+
+
+# Law 12
+
+
+@every_method
+def test_12_clients_share_no_part_of_a_message(
+    method: str, federate: Federate, wire: list[Exchange]
+) -> None:
+    federate(method=method, **SHORT)
+    messages = [m for exchange in wire for m in (exchange.message, exchange.reply)]
+    parts: list[Any] = list(messages)
+    for message in messages:
+        parts += [message.metadata, message.content, *message.content.values()]
+        parts += [a for arrays in message.content.array_records.values() for a in arrays.values()]
+    assert len({id(part) for part in parts}) == len(parts)
+    before = [copy.deepcopy(message.content) for message in messages[1:]]
+    for arrays in messages[0].content.array_records.values():
+        for name, array in arrays.items():
+            arrays[name] = Array(np.full_like(array.numpy(), 7))
+            array.data = b"spoilt"
+    messages[0].content["config"]["round"] = 7
+    assert [message.content for message in messages[1:]] == before
+
+
+@every_method
+def test_12_the_server_and_its_messages_share_no_storage(method: str) -> None:
+    made_method, _, head = made(method)
+    server = made_method.start(head)
+    sent = records.to_arrays(made_method.send(server, 0, train=True))
+    received = records.to_tensors(sent)
+    uploads = {0: Upload(made_method.upload(head, received), 1)}
+    made_method.merge(server, uploads)
+    state = [server.shared, server.extra, *server.pool.values(), dict(head.named_parameters())]
+    pointers = [t.data_ptr() for tensors in [received, *state] for t in tensors.values()]
+    assert len(set(pointers)) == len(pointers)
+    for tensors in state:
+        for tensor in tensors.values():
+            tensor.data.fill_(7)
+    torch.testing.assert_close(records.to_tensors(sent), received, rtol=0, atol=0)
+    assert not any((tensor == 7).any() for tensor in received.values())
+
+
+# Law 13
+
+
+@every_method
+@pytest.mark.parametrize("participation", ["first", "later"])
+def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None:
+    made_method, clip, head = made(method, local_epochs=200, lr=0.01, batch_size=8)
+    images = load_images("emoji-domains")
+    rows = np.arange(0, 96, 12)
+    features = read_images(clip, images.splits["train"], made_method.reads)[rows]
+    data = work.Split(features, torch.from_numpy(images.column("train", "label")[rows]))
+    assert data.labels.bincount().tolist() == [2, 2, 2, 2]
+    server = made_method.start(head)
+    if participation == "later":
+        upload = Upload(made_method.upload(head, {}), len(data))
+        made_method.merge(server, {0: upload, 1: upload})
+    received = made_method.send(server, 0, train=True)
+    head.receive(received)
+    if not list(head.parameters()):
+        assert work.train(made_method, head, data, received, 0, 1) == 0
+        return
+    before = made_method.loss(head, data.features, data.labels, received).item()
+    assert work.accuracies(head, {"all": data})["all"] < 1
+    after = work.train(made_method, head, data, received, 0, 1)
+    assert work.accuracies(head, {"all": data})["all"] == 1
+    assert after < before / 4

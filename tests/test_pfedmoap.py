@@ -1,0 +1,306 @@
+"""pFedMoAP end to end: who gets which experts, what stays where, what is evaluated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSNAMES, NUM_CLIENTS, TINY, Exchange
+from safetensors import safe_open
+from torch import Tensor
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.federation import checkpoint, work
+from pfedmoap_flwr.federation.kept import KeptHeads
+from pfedmoap_flwr.methods import Head, Task, Upload
+from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
+from pfedmoap_flwr.report.run_folder import RunFolder
+
+Federate = Callable[..., RunFolder]
+
+
+def kept_head(run: RunFolder, client: int, server_round: int) -> dict[str, Tensor]:
+    (folder,) = run.path.rglob(f"client-{client}")
+    return KeptHeads(folder).load(before=server_round + 1) or {}
+
+
+def trained(wire: list[Exchange]) -> list[Exchange]:
+    return [exchange for exchange in wire if exchange.kind == "train"]
+
+
+def fresh_head() -> Head:
+    settings = config.parse(TINY)
+    clip = load_clip("tiny", "tiny", "cpu")
+    return methods.load("pfedmoap")(settings).build(clip, Task(tuple(CLASSNAMES), ""))
+
+
+class Watch:
+    """Every client's head before and after each of its trainings, by (client, round)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.before: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.after: dict[tuple[int, int], dict[str, Tensor]] = {}
+        train = work.train
+
+        def watched(method: Any, head: Head, data: Any, received: Any, *when: int) -> float:
+            self.before[when] = head.kept()  # type: ignore[index]
+            loss = train(method, head, data, received, *when)  # type: ignore[arg-type]
+            self.after[when] = head.kept()  # type: ignore[index]
+            return loss
+
+        monkeypatch.setattr(work, "train", watched)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def gate_of(head: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for name, t in sorted(head.items()) if name.startswith("gate.")])
+
+
+# The first participation
+
+
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_the_first_participation_is_promptfl(
+    compat: str, federate: Federate, wire: list[Exchange]
+) -> None:
+    run = federate("ours", num_server_rounds=1, compat=compat)
+    assert all(exchange.down.keys() == {"ctx"} for exchange in wire)
+    rival = federate("rival", method="promptfl", num_server_rounds=1, compat=compat)
+    ours, theirs = checkpoint.load(run.path), checkpoint.load(rival.path)
+    assert torch.equal(ours.shared["ctx"], theirs.shared["ctx"])
+    fresh = gate_of(fresh_head().kept())
+    for client in range(NUM_CLIENTS):
+        assert torch.equal(ours.pool[client]["ctx"], theirs.pool[client]["ctx"])
+        kept = kept_head(run, client, 1)
+        assert "experts" not in kept
+        assert torch.equal(gate_of(kept), fresh)
+    assert [r.clients for r in run.rounds()] == [r.clients for r in rival.rounds()]
+
+
+def test_a_late_first_participation_is_plain_too(
+    federate: Federate, wire: list[Exchange], watch: Watch
+) -> None:
+    federate(num_server_rounds=5, fraction_train=0.5)
+    seen: set[int] = set()
+    late = 0
+    fresh = gate_of(fresh_head().kept())
+    for exchange in trained(wire):
+        when = (exchange.client, exchange.round)
+        first = exchange.client not in seen
+        assert ("experts" in exchange.down) != first
+        assert ("experts" in watch.before[when]) != first
+        assert torch.equal(gate_of(watch.after[when]), fresh) == first
+        late += first and exchange.round > 1
+        seen.add(exchange.client)
+    assert late > 0
+
+
+# Experts
+
+
+def nearest(pool: dict[int, Tensor], reference: Tensor, client: int, sign: int) -> list[int]:
+    """Brute force, in float64: others in order of their distance to a prompt."""
+    distance = {
+        other: sign * np.linalg.norm(prompt.double().numpy() - reference.double().numpy())
+        for other, prompt in pool.items()
+        if other != client
+    }
+    return sorted(distance, key=lambda other: (distance[other], other))
+
+
+@pytest.mark.parametrize(("selection", "sign"), [("knn", 1), ("farthest", -1)])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_experts_are_the_nearest_in_the_pool_of_the_round_before(
+    selection: str, sign: int, fraction: float, federate: Federate, wire: list[Exchange]
+) -> None:
+    federate(
+        num_server_rounds=7,
+        fraction_train=fraction,
+        lr=0.01,
+        flat={"data.num-clients": 6, "pfedmoap.selection": selection},
+    )
+    pool: dict[int, Tensor] = {}
+    age: dict[int, int] = {}
+    told_apart, stale, compared = 0, 0, 0
+    for server_round in range(1, 8):
+        exchanges = [e for e in trained(wire) if e.round == server_round]
+        assert len(exchanges) == 6 * fraction
+        for exchange in exchanges:
+            client = exchange.client
+            assert ("experts" in exchange.down) == (client in pool)
+            if client not in pool:
+                continue
+            chosen = nearest(pool, pool[client], client, sign)[:2]
+            sent = exchange.down["experts"]
+            assert torch.equal(sent, torch.stack([pool[c] for c in chosen]))
+            compared += 1
+            stale += len({age[c] for c in chosen}) > 1
+            told_apart += chosen != nearest(pool, exchange.down["ctx"], client, sign)[:2]
+        # Eq. 7, at the end of the round
+        pool |= {e.client: e.up["ctx"] for e in exchanges}
+        age |= {e.client: server_round for e in exchanges}
+    assert compared >= 12
+    # The client's own old prompt is the reference, which is not what P_g would give
+    assert told_apart > 0
+    assert (stale > 0) == (fraction < 1)
+
+
+def test_random_experts_are_others_and_change(federate: Federate, wire: list[Exchange]) -> None:
+    options: dict[str, Any] = {"data.num-clients": 6, "pfedmoap.selection": "random"}
+    federate("once", num_server_rounds=4, flat=options, local_epochs=1)
+    pool: dict[int, Tensor] = {}
+    chosen: dict[tuple[int, int], list[int]] = {}
+    for server_round in range(1, 5):
+        exchanges = [e for e in trained(wire) if e.round == server_round]
+        for e in exchanges:
+            chosen[e.client, e.round] = [
+                next(c for c, prompt in pool.items() if torch.equal(prompt, expert))
+                for expert in e.down.get("experts", [])
+            ]
+        pool = {e.client: e.up["ctx"] for e in exchanges}
+    for (client, server_round), experts in chosen.items():
+        assert len(set(experts)) == (2 if server_round > 1 else 0)
+        assert client not in experts
+    sets = {client: {tuple(chosen[client, r]) for r in (2, 3, 4)} for client in range(6)}
+    assert any(len(drawn) > 1 for drawn in sets.values())
+    assert len({tuple(chosen[client, 2]) for client in range(6)}) > 2
+
+
+@pytest.mark.parametrize("num_experts", [0, 1, 3, 50])
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_k_from_none_to_more_than_there_are(
+    num_experts: int, compat: str, federate: Federate, wire: list[Exchange]
+) -> None:
+    run = federate(num_server_rounds=3, compat=compat, flat={"pfedmoap.num-experts": num_experts})
+    k = min(num_experts, NUM_CLIENTS - 1)
+    for exchange in trained(wire):
+        if exchange.round > 1:
+            assert exchange.down["experts"].shape == (k, 4, 32)
+    assert not any(record.failed for record in run.rounds())
+    kept = kept_head(run, 0, 3)
+    assert kept["experts"].shape == (k, 4, 32)
+    assert not torch.equal(gate_of(kept), gate_of(fresh_head().kept()))
+
+
+def test_a_client_alone_in_the_pool_has_its_gate_to_itself(
+    federate: Federate, wire: list[Exchange], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pfedmoap_flwr.federation.strategy import PromptStrategy
+
+    monkeypatch.setattr(PromptStrategy, "_sample", lambda self, number: [1])
+    run = federate(num_server_rounds=2)
+    assert trained(wire)[1].down["experts"].shape == (0, 4, 32)
+    assert not any(record.failed for record in run.rounds())
+
+
+# What stays, and what does not leak
+
+
+def test_the_gate_never_leaves_its_client(federate: Federate, wire: list[Exchange]) -> None:
+    run = federate(num_server_rounds=3)
+    assert {name for e in wire for name in (*e.up, *e.down)} == {"ctx", "experts"}
+    assert {name for e in wire for name in e.up} == {"ctx"}
+    with safe_open(run.path / "checkpoint.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {"shared/ctx", *(f"pool/{client}/ctx" for client in range(NUM_CLIENTS))}
+
+
+def test_every_client_goes_on_with_its_own_gate(federate: Federate, watch: Watch) -> None:
+    federate(num_server_rounds=4, fraction_train=0.75)
+    fresh = gate_of(fresh_head().kept())
+    last: dict[int, Tensor] = {}
+    for (client, server_round), before in watch.before.items():
+        # Others have trained in this process in between
+        assert torch.equal(gate_of(before), last.get(client, fresh)), (client, server_round)
+        last[client] = gate_of(watch.after[client, server_round])
+    moved = {client: gate for client, gate in last.items() if not torch.equal(gate, fresh)}
+    assert len(moved) == NUM_CLIENTS
+    for a in moved:
+        for b in range(a):
+            assert (moved[a] - moved[b]).abs().max() > 1e-5
+
+
+def test_training_restarts_from_the_global_prompt(
+    federate: Federate, watch: Watch, wire: list[Exchange]
+) -> None:
+    run = federate(num_server_rounds=3)
+    means = {0: trained(wire)[0].down["ctx"]}
+    for server_round in (1, 2, 3):
+        sent = [e for e in trained(wire) if e.round == server_round]
+        n = {e.client: e.reply.content["metrics"]["num-examples"] for e in sent}
+        assert len(set(n.values())) == NUM_CLIENTS
+        mean = sum(e.up["ctx"].double() * n[e.client] for e in sent) / sum(n.values())
+        plain = sum(e.up["ctx"].double() for e in sent) / len(sent)
+        means[server_round] = mean.float()
+        assert (mean - plain).abs().max() > 1e-6
+        for e in sent:
+            torch.testing.assert_close(e.down["ctx"], means[server_round - 1], rtol=1e-6, atol=1e-8)
+            assert torch.equal(watch.before[e.client, server_round]["ctx"], e.down["ctx"])
+            assert torch.equal(watch.after[e.client, server_round]["ctx"], e.up["ctx"])
+    shared = checkpoint.load(run.path).shared["ctx"]
+    torch.testing.assert_close(shared, means[3], rtol=1e-6, atol=1e-8)
+
+
+def test_merge_is_the_mean_by_number_of_images_in_float64() -> None:
+    method = methods.load("pfedmoap")(config.parse(TINY))
+    server = method.start(fresh_head())
+    generator = torch.Generator().manual_seed(0)
+    sizes = {5: 1, 2: 1000, 9: 33}
+    prompts = {c: torch.randn(4, 32, generator=generator) for c in sizes}
+    method.merge(server, {c: Upload({"ctx": prompts[c]}, n) for c, n in sizes.items()})
+    rows = np.stack([prompts[c].double().numpy() for c in sizes])
+    expected = np.average(rows, axis=0, weights=list(sizes.values()))
+    np.testing.assert_allclose(server.shared["ctx"].numpy(), expected, rtol=2e-7)
+    assert server.examples == sizes
+    assert all(torch.equal(server.pool[c]["ctx"], prompts[c]) for c in sizes)
+    before = server.shared["ctx"].clone()
+    method.merge(server, {})
+    assert torch.equal(server.shared["ctx"], before)
+
+
+# Evaluation
+
+
+def test_who_was_never_selected_is_evaluated_with_the_global_prompt(federate: Federate) -> None:
+    run = federate(num_server_rounds=3, fraction_train=0.5, lr=0.05, seed=1)
+    seen: set[int] = set()
+    waiting = differing = 0
+    for record in run.rounds():
+        seen |= set(record.bytes_up)
+        for client, metrics in record.clients.items():
+            for split in ("", "validation-"):
+                personal = metrics[f"personal-{split}accuracy"]
+                same = personal == metrics[f"global-{split}accuracy"]
+                assert same or client in seen
+                waiting += client not in seen and record.round > 0
+                differing += not same
+        assert record.clients.keys() == set(range(NUM_CLIENTS))
+    assert waiting > 0
+    assert differing > 0
+
+
+def test_the_personal_model_is_what_the_last_training_left(
+    federate: Federate, watch: Watch
+) -> None:
+    from pfedmoap_flwr.federation import client as client_module
+
+    run = federate(num_server_rounds=4, fraction_train=0.5, lr=0.02)
+    settings = config.parse({**TINY, "lr": 0.02})
+    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features")
+    last: dict[int, dict[str, Tensor]] = {}
+    for record in run.rounds()[1:]:
+        last |= {c: watch.after[c, record.round] for c in record.bytes_up}
+        for client, kept in last.items():
+            head = fresh_head()
+            head.receive(kept)
+            assert isinstance(head, PFedMoAPHead)
+            assert (head.experts is None) == ("experts" not in kept)
+            expected = work.accuracy(head, node.splits(client)["test"])
+            assert record.clients[client]["personal-accuracy"] == expected
+    assert any("experts" in kept for kept in last.values())
