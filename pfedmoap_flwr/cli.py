@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,10 @@ def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]
         from client_app import app as client_app
         from server_app import app as server_app
 
+        # Flower's own lines off, ours on, each once
+        logging.getLogger("flwr").propagate = False
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        logging.getLogger("flwr.pfedmoap").setLevel(logging.INFO)
         run_in_process(server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients)
     else:
         (plan.run_dir / "summary.json").unlink(missing_ok=True)

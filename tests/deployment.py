@@ -70,6 +70,7 @@ class Processes:
         summary.unlink(missing_ok=True)
         run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
         started = self.flwr("run", str(APP), connection, "--run-config", run_config, *words)
+        assert started["success"], started
         deadline = time.monotonic() + RUN_SECONDS
         status, asked = "never listed", time.monotonic()
         while time.monotonic() < deadline and not status.startswith("finished"):
@@ -110,10 +111,13 @@ def processes(folder: Path, **environment: str | None) -> Iterator[Processes]:
     merged = {**flower_environment(), **changes}
     started = Processes(folder, {key: v for key, v in merged.items() if v is not None})
     (folder / "flower").mkdir(parents=True)
+    # A time limit of the test machine must not leave orphans either
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield started
     finally:
         started.end()
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 30.0) -> None:

@@ -125,7 +125,7 @@ def test_ctrl_c_ends_everything_and_the_run_goes_on(
         assert not started.left_behind()
         last = folder.rounds()[-1].round + 1
         resume = [f"resume={folder.path}", f"num-server-rounds={last}"]
-        started.run([*PFEDMOAP, "run", *resume])
+        started.run([*PFEDMOAP, "run", "--in-process", *resume])
     assert [record.round for record in folder.rounds()] == list(range(last + 1))
     whole = federate("whole", num_server_rounds=last)
     assert {client for _, client, _ in accuracies(whole.rounds())} == set(range(NUM_CLIENTS))

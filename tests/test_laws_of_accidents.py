@@ -132,10 +132,11 @@ def shuffle(items: list[Any]) -> list[Any]:
 
 
 @every_method
-@pytest.mark.parametrize("disorder", [reverse, shuffle])
+@pytest.mark.parametrize(("of_work", "of_replies"), [(reverse, list), (shuffle, shuffle)])
 def test_4_the_order_of_work_and_of_replies_is_irrelevant(
     method: str,
-    disorder: Callable[[list[Any]], list[Any]],
+    of_work: Callable[[list[Any]], list[Any]],
+    of_replies: Callable[[list[Any]], list[Any]],
     federate: Federate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -143,10 +144,10 @@ def test_4_the_order_of_work_and_of_replies_is_irrelevant(
 
     class DisorderlyGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            return super().push_messages(disorder(list(messages)))
+            return super().push_messages(of_work(list(messages)))
 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return disorder(list(super().pull_messages(message_ids)))
+            return of_replies(list(super().pull_messages(message_ids)))
 
     monkeypatch.setattr(inprocess, "InProcessGrid", DisorderlyGrid)
     random.seed(3)

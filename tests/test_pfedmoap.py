@@ -44,7 +44,7 @@ class Watch:
         self.after: dict[tuple[int, int], dict[str, Tensor]] = {}
         train = work.train
 
-        def watched(method: Any, head: Head, data: Any, received: Any, *when: int) -> float:
+        def watched(method: Any, head: Head, data: Any, received: Any, *when: int) -> float | None:
             self.before[when] = head.kept()  # type: ignore[index]
             loss = train(method, head, data, received, *when)  # type: ignore[arg-type]
             self.after[when] = head.kept()  # type: ignore[index]
@@ -301,6 +301,6 @@ def test_the_personal_model_is_what_the_last_training_left(
             head.receive(kept)
             assert isinstance(head, PFedMoAPHead)
             assert (head.experts is None) == ("experts" not in kept)
-            expected = work.accuracy(head, node.splits(client)["test"])
+            (expected,) = work.accuracies(head, {"test": node.splits(client)["test"]}).values()
             assert record.clients[client]["personal-accuracy"] == expected
     assert any("experts" in kept for kept in last.values())

@@ -94,10 +94,11 @@ def train(message: Message, context: Context) -> RecordDict:
     loss = work.train(client.method, head, data, device_received, client.id, server_round)
     uploaded = client.method.upload(head, device_received)
     client.kept.save(server_round, head.kept())
-    metrics = MetricRecord(
-        {"client": client.id, "round": server_round, "num-examples": len(data), "loss": loss}
-    )
-    return RecordDict({"arrays": records.to_arrays(uploaded), "metrics": metrics})
+    metrics: dict[str, int | float] = {"client": client.id, "num-examples": len(data)}
+    if loss is not None:
+        metrics["loss"] = loss
+    arrays = records.to_arrays(uploaded)
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:
@@ -118,7 +119,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
         heads["zeroshot"] = methods.load("zeroshot")(client.method.settings).build(
             client.clip, client.task
         )
-    metrics: dict[str, int | float] = {"client": client.id, "round": server_round}
+    metrics: dict[str, int | float] = {"client": client.id}
     for name, head in heads.items():
         measured = work.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
         metrics[f"{name}-accuracy"] = measured["test"]

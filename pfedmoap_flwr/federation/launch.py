@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from rich.status import Status
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.config import Settings
@@ -54,12 +55,12 @@ def simulate(settings: Settings, run_dir: Path, console: Console) -> None:
         f"num-supernodes={settings.data.num_clients} client-resources-num-cpus=1 "
         f"client-resources-num-gpus={gpus}"
     )
-    with _superlink(run_dir) as environment, console.status("starting Flower and Ray ..."):
+    with console.status("starting Flower and Ray ...") as live, _superlink(run_dir) as environment:
         words = ["run", str(app), CONNECTION, "--format", "json", "--run-config", str(run_config)]
         started = _flwr([*words, "--federation-config", federation], environment)
         if not started.get("success"):
             raise RunFailed(f"flwr run did not start: {started.get('error-message', started)}")
-        status = _follow(str(started["run-id"]), environment, run_dir, settings, console)
+        status = _follow(str(started["run-id"]), environment, run_dir, settings, live)
     if status == "finished:completed":
         return
     if (run_dir / "error.txt").exists():
@@ -116,15 +117,16 @@ def _superlink(run_dir: Path) -> Iterator[dict[str, str]]:
 
 
 def _follow(
-    run_id: str, environment: dict[str, str], run_dir: Path, settings: Settings, console: Console
+    run_id: str, environment: dict[str, str], run_dir: Path, settings: Settings, live: Status
 ) -> str:
-    """Print rounds as they are written until the run is finished; return Flower's status of it."""
+    """Show rounds as they are written until the run is finished; return Flower's status of it."""
     folder = RunFolder(run_dir)
     shown = len(folder.rounds())
     asked = time.monotonic()
     while True:
         for record in folder.rounds()[shown:]:
-            console.print(record.line(settings.num_server_rounds), highlight=False)
+            live.console.print(record.line(settings.num_server_rounds), highlight=False)
+            live.update(f"round {record.round + 1}/{settings.num_server_rounds} ...")
             shown += 1
         ended = (run_dir / "summary.json").exists() or (run_dir / "error.txt").exists()
         if ended or time.monotonic() - asked > STATUS_SECONDS:

@@ -45,8 +45,8 @@ class Replies:
 
 def check_upload(
     content: RecordDict, client: int, shared: Mapping[str, Tensor]
-) -> tuple[Upload, float]:
-    """Return a client's upload and training loss. Raises ValueError where it cannot be merged."""
+) -> tuple[Upload, float | None]:
+    """Return a client's upload and its training loss, if any. Raises ValueError where unfit."""
     metrics = content["metrics"]
     _check_sender(int(metrics["client"]), client)
     tensors = records.to_tensors(content["arrays"])
@@ -59,7 +59,8 @@ def check_upload(
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} is not finite; lower the learning rate")
-    return Upload(tensors, int(metrics["num-examples"])), float(metrics["loss"])
+    loss = float(metrics["loss"]) if "loss" in metrics else None
+    return Upload(tensors, int(metrics["num-examples"])), loss
 
 
 def check_evaluation(content: RecordDict, client: int) -> dict[str, float]:

@@ -79,7 +79,7 @@ class PromptStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the round's uploads in client order; failed clients are named and left out."""
         uploads: dict[int, Upload] = {}
-        losses: dict[int, float] = {}
+        losses: dict[int, float | None] = {}
         for client, content in self.replies.sort(replies):
             try:
                 upload, losses[client] = check_upload(content, client, self.server.shared)
@@ -93,10 +93,7 @@ class PromptStrategy(Strategy):
             raise AllClientsFailed(next(iter(self.replies.failures().values())))
         self.method.merge(self.server, uploads)
         self.server.round = self.record.round
-        weights = {client: upload.num_examples for client, upload in uploads.items()}
-        self.record.train_loss = sum(losses[client] * n for client, n in weights.items()) / sum(
-            weights.values()
-        )
+        self.record.train_loss = _mean_loss(losses, uploads)
         return records.to_arrays(self.server.shared), None
 
     def configure_evaluate(
@@ -177,3 +174,13 @@ class PromptStrategy(Strategy):
         for client, reason in self.replies.failures().items():
             self.record.failed[client] = f"{work}: {reason.strip().splitlines()[-1]}"
             logger.error("client %d failed to %s:\n%s", client, work, reason)
+
+
+def _mean_loss(losses: dict[int, float | None], uploads: dict[int, Upload]) -> float | None:
+    """Return the mean weighted by n_k over the clients that trained anything."""
+    weighted = [
+        (loss * uploads[client].num_examples, uploads[client].num_examples)
+        for client, loss in losses.items()
+        if loss is not None
+    ]
+    return sum(loss for loss, _ in weighted) / sum(n for _, n in weighted) if weighted else None

@@ -26,14 +26,14 @@ class Split:
 
 def train(
     method: Method, head: Head, data: Split, received: Received, client: int, server_round: int
-) -> float:
+) -> float | None:
     """Train a head in place for the local epochs and return the mean loss of the last one.
 
-    The order of images is a function of (seed, client, round). Returns 0 where nothing is trained.
+    The order of images is a function of (seed, client, round). Returns None where nothing moves.
     """
     settings = method.settings
     generator = torch_generator(settings.seed, "batches", client, server_round)
-    mean_loss = 0.0
+    mean_loss = None
     head.train()
     for epochs, names in method.schedule(head, settings.local_epochs):
         moving = {name: p for name, p in head.named_parameters() if name in names}
