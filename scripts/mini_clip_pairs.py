@@ -20,7 +20,7 @@ from typing import NamedTuple
 import cairosvg
 import numpy as np
 import torch
-from build_emoji_domains import DOMAINS, NAMES_PACKAGE, fetch, plain_code
+from build_emoji_domains import CLASS_NAMES, DOMAINS, NAMES_PACKAGE, fetch, plain_code
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -230,8 +230,15 @@ def collect(work: Path) -> list[Pair]:
     ]
 
 
-def captions(pair: Pair, count: int, chance: random.Random) -> list[str]:
-    """`count` captions drawn from the names, keywords and topics of one pair."""
+# Subgroup words as the Unicode tables have them -> as one would say them.
+READABLE = {words(subgroup): name for subgroup, name in CLASS_NAMES.items()}
+
+
+def captions(pair: Pair, count: int, chance: random.Random, readable: bool) -> list[str]:
+    """`count` captions drawn from the names, keywords and topics of one pair.
+
+    `readable` words half of the subgroups as `READABLE` does.
+    """
     kind = KINDS.get(pair.source, "icon")
     article = "an" if kind[0] in "aei" else "a"
     templates = (*TEMPLATES, f"{article} {kind} of a {{}}.")
@@ -244,6 +251,8 @@ def captions(pair: Pair, count: int, chance: random.Random) -> list[str]:
             return chance.choice(pair.names)
         # The first topic is the narrowest: "animal mammal" before "animals nature".
         topic = chance.choice([*pair.topics[:1], *pair.topics] or pair.names)
+        if readable and topic in READABLE and chance.random() < 0.5:
+            topic = READABLE[topic]
         return topic if draw < 0.88 else f"{pair.names[0]}, {topic}"
 
     return [chance.choice(templates).format(" ".join(about().split()[:14])) for _ in range(count)]

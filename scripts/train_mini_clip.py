@@ -39,28 +39,29 @@ class Pairs(NamedTuple):
     repeats: Tensor
 
 
-def prepare(work: Path, federated: Path, closest: float, variants: int, seed: int) -> Path:
+def prepare(args: argparse.Namespace) -> Path:
     """Decode all pairs, drop those that look like a federated drawing, write one file in `work`."""
-    out = work / f"pairs-{seed}-{variants}-{closest:g}.npz"
+    key = f"{args.seed}-{args.variants}-{args.closest:g}" + "-readable" * args.readable
+    out = args.work / f"pairs-{key}.npz"
     if out.exists():
         return out
-    pairs = collect(work)
+    pairs = collect(args.work)
     drawings = np.stack([pair.drawing for pair in pairs])
-    files = [str(federated / f"{split}.parquet") for split in ("train", "validation", "test")]
+    files = [str(args.federated / f"{split}.parquet") for split in ("train", "validation", "test")]
     rows = load_dataset("parquet", data_files=files, split="train")
     theirs = np.stack([np.asarray(image) for image in rows["image"]])
-    caught = (distances(disguised(theirs[::CONTROL_STEP]), theirs) < closest).mean()
+    caught = (distances(disguised(theirs[::CONTROL_STEP]), theirs) < args.closest).mean()
     print(f"{caught:.1%} of disguised federated drawings are caught")
     assert caught > 0.95, "the check that keeps federated drawings out is too weak"
-    keep = distances(on_white(drawings), theirs) >= closest
+    keep = distances(on_white(drawings), theirs) >= args.closest
     found = Counter(pair.source for pair in pairs)
     kept = Counter(pair.source for pair, ok in zip(pairs, keep, strict=True) if ok)
     for source in SOURCES:
         print(f"{source:>18}: {kept[source]} of {found[source]} pairs kept")
 
-    chance = random.Random(seed)
+    chance = random.Random(args.seed)
     pairs = [pair for pair, ok in zip(pairs, keep, strict=True) if ok]
-    texts = [captions(pair, variants, chance) for pair in pairs]
+    texts = [captions(pair, args.variants, chance, args.readable) for pair in pairs]
     distinct = dict.fromkeys(text for group in texts for text in group)
     row_of = {text: row for row, text in enumerate(distinct)}
     np.savez(
@@ -131,10 +132,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, rows: Tensor)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def new_model(config: Path) -> nn.Module:
-    """An untrained open_clip model of the JSON config."""
+def new_model(config: Path, init: Path | None) -> nn.Module:
+    """An open_clip model of the JSON config, untrained or with the weights of `init`."""
     open_clip.add_model_config(config)
-    return open_clip.create_model(config.stem).to(memory_format=torch.channels_last)
+    model = open_clip.create_model(config.stem, pretrained=init and str(init))
+    return model.to(memory_format=torch.channels_last)
 
 
 def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -184,9 +186,8 @@ def train(args: argparse.Namespace) -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    path = prepare(args.work, args.federated, args.closest, args.variants, args.seed)
-    pairs = load_pairs(path)
-    model = new_model(args.config).train()
+    pairs = load_pairs(prepare(args))
+    model = new_model(args.config, args.init).train()
     size = open_clip.get_model_config(args.config.stem)["vision_cfg"]["image_size"]
     # Captions use a few thousand of the 49,408 tokens: only those rows of the table take part. They
     # keep their order, so the end token is still the largest.
@@ -241,14 +242,16 @@ def main() -> None:
     add("--federated", type=Path, default=ASSETS / "emoji-domains", help="drawings to keep out")
     add("--config", type=Path, default=ASSETS / "clip" / "mini.json")
     add("--out", type=Path, default=ASSETS / "clip" / "mini.safetensors")
-    add("--epochs", type=int, default=18)
+    add("--init", type=Path, help="weights to go on from")
+    add("--readable", action="store_true", help="word half of the subgroups as one would say them")
+    add("--epochs", type=int, default=40)
     add("--batch", type=int, default=128)
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, default=6e-4)
     add("--decay", type=float, default=0.1)
     add("--ema", type=float, default=0.998)
     add("--variants", type=int, default=24, help="captions per drawing")
     add("--closest", type=float, default=15.0, help="smallest pixel difference kept")
-    add("--save-every", type=int, default=2, help="epochs between checkpoints")
+    add("--save-every", type=int, default=4, help="epochs between checkpoints")
     add("--threads", type=int, default=2)
     add("--seed", type=int, default=0)
     args = parser.parse_args()
