@@ -244,22 +244,22 @@ def of_others(files: dict[str, bytes]) -> dict[str, bytes]:
 def test_5_a_failure_is_named_by_what_failed(
     eval_every: int, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, accuracy = work.train, work.accuracy
+    train, accuracies = work.train, work.accuracies
     evaluated: list[int] = []
 
-    def fragile_train(*arguments: Any) -> float:
+    def fragile_train(*arguments: Any) -> float | None:
         if arguments[-2:] == (BROKEN, 1):
             raise RuntimeError("cannot train")
         return train(*arguments)
 
-    def fragile_accuracy(*arguments: Any) -> float:
+    def fragile_accuracies(*arguments: Any) -> dict[str, float]:
         evaluated.append(1)
         if len(evaluated) == 1:
             raise RuntimeError("cannot evaluate")
-        return accuracy(*arguments)
+        return accuracies(*arguments)
 
     monkeypatch.setattr(work, "train", fragile_train)
-    monkeypatch.setattr(work, "accuracy", fragile_accuracy)
+    monkeypatch.setattr(work, "accuracies", fragile_accuracies)
     run = federate(eval_every=eval_every, num_server_rounds=3, **SHORT)
     assert [record.failed for record in run.rounds()] == [
         {0: "evaluate: RuntimeError: cannot evaluate"},

@@ -13,7 +13,9 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import checkpoint, work
+from pfedmoap_flwr.federation import client as client_module
 from pfedmoap_flwr.federation.kept import KeptHeads
+from pfedmoap_flwr.federation.strategy import PromptStrategy
 from pfedmoap_flwr.methods import Head, Task, Upload
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.report.run_folder import RunFolder
@@ -169,7 +171,10 @@ def test_random_experts_are_others_and_change(federate: Federate, wire: list[Exc
         assert client not in experts
     sets = {client: {tuple(chosen[client, r]) for r in (2, 3, 4)} for client in range(6)}
     assert any(len(drawn) > 1 for drawn in sets.values())
-    assert len({tuple(chosen[client, 2]) for client in range(6)}) > 2
+    # Clients do not draw the same places in their lists of others
+    others = {client: sorted(set(range(6)) - {client}) for client in range(6)}
+    places = {tuple(others[c].index(e) for e in chosen[c, 2]) for c in range(6)}
+    assert len(places) > 2
 
 
 @pytest.mark.parametrize("num_experts", [0, 1, 3, 50])
@@ -191,8 +196,6 @@ def test_k_from_none_to_more_than_there_are(
 def test_a_client_alone_in_the_pool_has_its_gate_to_itself(
     federate: Federate, wire: list[Exchange], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pfedmoap_flwr.federation.strategy import PromptStrategy
-
     monkeypatch.setattr(PromptStrategy, "_sample", lambda self, number: [1])
     run = federate(num_server_rounds=2)
     assert trained(wire)[1].down["experts"].shape == (0, 4, 32)
@@ -264,6 +267,19 @@ def test_merge_is_the_mean_by_number_of_images_in_float64() -> None:
     assert torch.equal(server.shared["ctx"], before)
 
 
+@pytest.mark.parametrize("batch_size", [7, 96])
+def test_the_loss_is_the_mean_over_all_images(batch_size: int, federate: Federate) -> None:
+    # Steps so small that the prompt stays where it starts
+    run = federate(num_server_rounds=1, batch_size=batch_size, lr=1e-12)
+    settings = config.parse(TINY)
+    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features")
+    parts = [node.splits(client)["train"] for client in range(NUM_CLIENTS)]
+    features, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("features", "labels"))
+    assert len({len(part) % 7 for part in parts}) > 1
+    expected = torch.nn.functional.cross_entropy(fresh_head()(features), labels).item()
+    assert run.rounds()[1].train_loss == pytest.approx(expected, abs=1e-5)
+
+
 # Evaluation
 
 
@@ -288,8 +304,6 @@ def test_who_was_never_selected_is_evaluated_with_the_global_prompt(federate: Fe
 def test_the_personal_model_is_what_the_last_training_left(
     federate: Federate, watch: Watch
 ) -> None:
-    from pfedmoap_flwr.federation import client as client_module
-
     run = federate(num_server_rounds=4, fraction_train=0.5, lr=0.02)
     settings = config.parse({**TINY, "lr": 0.02})
     node = client_module._node(settings.data, settings.clip, 0, "cpu", "features")
