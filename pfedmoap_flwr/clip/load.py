@@ -110,7 +110,7 @@ def load_clip(model: str, pretrained: str, device: str = "auto") -> FrozenClip:
         )
     except Exception as error:
         # open_clip, the hub client and the file readers each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"weights '{pretrained}' for {model} could not be loaded ({reason[:200]}); give a "
             "local checkpoint with clip.pretrained=/path/to/file, or use the bundled "

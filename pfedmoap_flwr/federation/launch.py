@@ -165,17 +165,19 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes], run_dir: Path) -
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started, Ray included."""
+    """End a process and everything it started, Ray included; a second Ctrl-C has to wait."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         family = [
             *psutil.Process(process.pid).children(recursive=True),
             psutil.Process(process.pid),
         ]
     except psutil.NoSuchProcess:
-        return
+        family = []
     for kill in (signal.SIGTERM, signal.SIGKILL):
         for member in family:
             if member.is_running():
                 member.send_signal(kill)
         _, family = psutil.wait_procs(family, timeout=5)
     process.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.config import Settings, parse
 from pfedmoap_flwr.errors import UsageError
 
@@ -79,6 +80,8 @@ class RunFolder:
         """
         folder = cls(Path(settings.resume))
         check_same(load_settings(folder.path), settings)
+        for ending in ("summary.json", "error.txt"):
+            (folder.path / ending).unlink(missing_ok=True)
         kept = [r for r in folder.rounds() if r.round <= completed]
         folder._write("rounds.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in kept))
         return folder
@@ -161,15 +164,8 @@ def check_same(before: Settings, now: Settings) -> None:
 
 def environment() -> dict[str, str]:
     """Return versions, device and commit."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    # Flower runs a copy of the code without its history; the assets lie in the repository
+    git = ["git", "-C", str(asset("clip")), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
