@@ -1,5 +1,6 @@
 """The app through Flower's own doors: the bundle, `pfedmoap run` in Ray, plain `flwr run`."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -68,6 +69,11 @@ def test_ray_equals_in_process(embedded_in_process: RunFolder, tmp_path: Path) -
         assert not started.left_behind()
     assert "round 2/2" in done.stdout
     assert_same_numbers(RunFolder(run_dir), embedded_in_process)
+    commits = [
+        json.loads((folder / "environment.json").read_text())["commit"]
+        for folder in (run_dir, embedded_in_process.path)
+    ]
+    assert commits[0] == commits[1]
 
 
 def test_plain_flwr_run_finds_the_embedded_assets(

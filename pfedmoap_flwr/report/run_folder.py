@@ -164,8 +164,9 @@ def check_same(before: Settings, now: Settings) -> None:
 
 def environment() -> dict[str, str]:
     """Return versions, device and commit."""
-    # Flower runs a copy of the code without its history; the assets lie in the repository
-    git = ["git", "-C", str(asset("clip")), "describe", "--always", "--dirty", "--abbrev=12"]
+    # Flower runs a copy of the code without history and binary files: those lie in the repository
+    repository = asset("clip/mini.safetensors").parent
+    git = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
