@@ -77,7 +77,8 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """pfedmoap compare: several methods over several seeds, all else equal, in this process."""
     words = config.parse_words(options.settings)
     seeds = [config.parse_words([f"seed={seed}"])["seed"] for seed in options.seeds.split(",")]
-    root = default_path(Settings()).with_name(default_path(Settings()).name[:15] + "-compare")
+    single = default_path(Settings())
+    root = single.with_name(f"{single.name[:15]}-compare")
     plans = {
         name: [
             make_plan({**words, "method": name, "seed": s, "run-dir": str(root / f"{name}-s{s}")})
@@ -129,7 +130,6 @@ def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]
         logging.getLogger("flwr.pfedmoap").setLevel(logging.INFO)
         run_in_process(server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients)
     else:
-        (plan.run_dir / "summary.json").unlink(missing_ok=True)
         simulate(plan.settings, plan.run_dir, console)
     summary: dict[str, Any] = json.loads((plan.run_dir / "summary.json").read_text())
     return summary

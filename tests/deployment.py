@@ -133,13 +133,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], timeout: float = 30.0) ->
         process.wait(timeout)
 
 
-def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_for_port(port: int, timeout: float = 60.0) -> None:
     """Wait until something listens on a port of this machine."""
     deadline = time.monotonic() + timeout

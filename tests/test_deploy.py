@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from conftest import TINY
-from deployment import Processes, accuracies, free_port, losses, processes, stop, wait_for_port
+from deployment import Processes, accuracies, losses, processes, stop, wait_for_port
 from safetensors.torch import load_file
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.federation import checkpoint
 from pfedmoap_flwr.federation.inprocess import run_in_process
+from pfedmoap_flwr.federation.launch import free_port
 from pfedmoap_flwr.report.run_folder import RoundRecord, RunFolder
 
 CLIENTS = 2

@@ -17,11 +17,11 @@ from deployment import (
     POLL_SECONDS,
     RUN_SECONDS,
     accuracies,
-    free_port,
     losses,
     processes,
 )
 
+from pfedmoap_flwr.federation.launch import free_port
 from pfedmoap_flwr.report.run_folder import RunFolder
 
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.clip.text import Position, PromptEncoder, encode_text
+from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import setting
 
@@ -70,7 +70,7 @@ class FrozenClip:
 
     def embed(self, words: str) -> Tensor:
         """Return the token embeddings (n, D) of plain words, to start a context from."""
-        return self.encoder(("x",), 1, "end", False).embed(words)
+        return embed_words(self.model, self.tokenizer, words)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def zeroshot(self, classnames: tuple[str, ...], template: str) -> Tensor:

@@ -47,7 +47,7 @@ def simulate(settings: Settings, run_dir: Path, console: Console) -> None:
     """
     app = app_folder()
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "error.txt").unlink(missing_ok=True)
+    RunFolder(run_dir).forget_ending()
     run_config = run_dir / "run-config.toml"
     run_config.write_text(config.toml(settings.flat()))
     gpus = round(1 / (os.cpu_count() or 1), 4) if torch.cuda.is_available() else 0.0
@@ -95,14 +95,14 @@ def flower_environment() -> dict[str, str]:
 def _superlink(run_dir: Path) -> Iterator[dict[str, str]]:
     """Start a SuperLink and yield the environment in which `flwr` finds it."""
     with tempfile.TemporaryDirectory(prefix="pfedmoap-flwr-", ignore_cleanup_errors=True) as home:
-        port = _free_port()
+        port = free_port()
         (Path(home) / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         environment = {**flower_environment(), "FLWR_HOME": home}
         command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--control-api-address", f"127.0.0.1:{_free_port()}"]
+        command += ["--port", str(port), "--control-api-address", f"127.0.0.1:{free_port()}"]
         command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
         with (run_dir / LOG).open("ab") as log:
             # A session of its own: Ctrl-C reaches this command alone, which then ends the rest
@@ -148,7 +148,8 @@ def _flwr(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
         raise RunFailed(f"flwr {words[0]}: {(done.stderr or done.stdout).strip()}") from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -80,8 +80,7 @@ class RunFolder:
         """
         folder = cls(Path(settings.resume))
         check_same(load_settings(folder.path), settings)
-        for ending in ("summary.json", "error.txt"):
-            (folder.path / ending).unlink(missing_ok=True)
+        folder.forget_ending()
         kept = [r for r in folder.rounds() if r.round <= completed]
         folder._write("rounds.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in kept))
         return folder
@@ -111,6 +110,11 @@ class RunFolder:
         summary = summarise(settings, rounds)
         self._write("summary.json", json.dumps(summary, indent=2))
         return summary
+
+    def forget_ending(self) -> None:
+        """Remove what says how an earlier run in this folder ended."""
+        for ending in ("summary.json", "error.txt"):
+            (self.path / ending).unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
         """Leave the reason why a run ended, for the command that started it."""
