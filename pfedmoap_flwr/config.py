@@ -36,6 +36,9 @@ class General:
     lr: float = setting(0.002, "learning rate of the prompt (SGD)", above=0)
     eval_every: int = setting(1, "evaluate all clients after every n-th round", low=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where clients compute")
+    clients_at_once: int = setting(
+        0, "clients that an in-process run trains at once; 0: what memory and cores allow", low=0
+    )
     min_nodes: int = setting(2, "start when so many SuperNodes are connected", low=1)
     node_timeout: float = setting(600.0, "seconds to wait for SuperNodes and for replies", above=0)
     state_dir: str = setting("", "where clients keep their state; empty: ~/.pfedmoap/clients")

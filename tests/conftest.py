@@ -42,6 +42,7 @@ TINY: dict[str, Any] = {
     "pfedmoap.heads": 4,
     "pfedmoap.num-experts": 2,
     "device": "cpu",
+    "clients-at-once": 1,
 }
 PER_CLASS = {"train": 12, "validation": 4, "test": 8}
 

@@ -18,6 +18,7 @@ from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import work
 from pfedmoap_flwr.methods.base import Task
 from pfedmoap_flwr.methods.pfedmoap import AttentionGate, PFedMoAPHead
+from pfedmoap_flwr.randomness import torch_generator
 
 Array = NDArray[np.float64]
 
@@ -100,8 +101,7 @@ def random_inputs(b: int, c: int, k: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def made_gate(width: int, heads: int, score_scale: float | None = None) -> AttentionGate:
-    torch.manual_seed(0)
-    return AttentionGate(width, heads, score_scale).double()
+    return AttentionGate(width, heads, torch_generator(0), score_scale).double()
 
 
 def torch_twin(gate: AttentionGate, width: int, heads: int) -> nn.MultiheadAttention:
@@ -178,7 +178,8 @@ def test_the_order_of_experts_is_irrelevant(
     ("width", "expected"), [(128, 66_048), (32, 4_224), (64, 16_640), (256, 263_168)]
 )
 def test_number_of_parameters_is_the_papers(width: int, expected: int) -> None:
-    assert sum(p.numel() for p in AttentionGate(width, 8).parameters()) == expected
+    gate = AttentionGate(width, 8, torch_generator(0))
+    assert sum(p.numel() for p in gate.parameters()) == expected
 
 
 # The head
@@ -310,7 +311,7 @@ def test_experts_are_encoded_once_for_each_delivery() -> None:
         counting.shapes.clear()
         prompts = random_prompts(2, head) * (delivery + 1)
         head.receive({"experts": prompts})
-        work.train(method, head, data, {}, 0, 1)
+        work.train(method, [work.Training(0, head, data, {})], 1)
         work.accuracies(head, {"all": data})
         # 3 epochs of 2 steps, and an evaluation
         assert counting.shapes.count(local) == 7

@@ -112,9 +112,8 @@ def order_of_images(seed: int, number: int, server_round: int) -> tuple[int, ...
         return features.sum() * sum(parameter.sum() for parameter in head.parameters())
 
     method.loss = loss  # type: ignore[method-assign]
-    work.train(
-        method, head, work.Split(torch.ones(20, 64), torch.arange(20)), {}, number, server_round
-    )
+    data = work.Split(torch.ones(20, 64), torch.arange(20))
+    work.train(method, [work.Training(number, head, data, {})], server_round)
     first, second = seen[:20], seen[20:]
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
@@ -346,11 +345,12 @@ def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None
         made_method.merge(server, {0: upload, 1: upload})
     received = made_method.send(server, 0, train=True)
     head.receive(received)
+    training = work.Training(0, head, data, received)
     if not list(head.parameters()):
-        assert work.train(made_method, head, data, received, 0, 1) is None
+        assert work.train(made_method, [training], 1) == {0: None}
         return
     before = made_method.loss(head, data.features, data.labels, received).item()
     assert work.accuracies(head, {"all": data})["all"] < 1
-    after = work.train(made_method, head, data, received, 0, 1)
+    after = work.train(made_method, [training], 1)[0]
     assert work.accuracies(head, {"all": data})["all"] == 1
     assert after < before / 4

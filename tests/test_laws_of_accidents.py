@@ -188,10 +188,10 @@ def test_5_a_client_that_raises_changes_nothing_else(
         expected = federate("absent/run", **options)
     train = work.train
 
-    def fragile(*arguments: Any) -> float:
-        if arguments[-2:] == (BROKEN, 2):
+    def fragile(method: Any, trainings: list[Any], server_round: int) -> dict[int, float | None]:
+        if server_round == 2 and BROKEN in [training.client for training in trainings]:
             raise RuntimeError("out of memory")
-        return train(*arguments)
+        return train(method, trainings, server_round)
 
     monkeypatch.setattr(work, "train", fragile)
     run = federate("failed/run", **options)
@@ -247,10 +247,10 @@ def test_5_a_failure_is_named_by_what_failed(
     train, accuracies = work.train, work.accuracies
     evaluated: list[int] = []
 
-    def fragile_train(*arguments: Any) -> float | None:
-        if arguments[-2:] == (BROKEN, 1):
+    def fragile_train(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
+        if (trainings[0].client, server_round) == (BROKEN, 1):
             raise RuntimeError("cannot train")
-        return train(*arguments)
+        return train(method, trainings, server_round)
 
     def fragile_accuracies(*arguments: Any) -> dict[str, float]:
         evaluated.append(1)

@@ -46,11 +46,13 @@ class Watch:
         self.after: dict[tuple[int, int], dict[str, Tensor]] = {}
         train = work.train
 
-        def watched(method: Any, head: Head, data: Any, received: Any, *when: int) -> float | None:
-            self.before[when] = head.kept()  # type: ignore[index]
-            loss = train(method, head, data, received, *when)  # type: ignore[arg-type]
-            self.after[when] = head.kept()  # type: ignore[index]
-            return loss
+        def watched(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
+            (training,) = trainings
+            when = training.client, server_round
+            self.before[when] = training.head.kept()
+            losses = train(method, trainings, server_round)
+            self.after[when] = training.head.kept()
+            return losses
 
         monkeypatch.setattr(work, "train", watched)
 

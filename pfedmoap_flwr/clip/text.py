@@ -8,7 +8,9 @@ full length (77 for CLIP).
 """
 
 import copy
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,7 +50,12 @@ class PromptEncoder:
             prompts pass at full length through open_clip's own forward.
 
     Either way is checked against the model's own `encode_text` when the encoder is built.
+
+    Without gradients, features are remembered by the prompt's bytes, up to `memory` bytes of them:
+    an expert that many clients of a process borrow is encoded once.
     """
+
+    memory = 256 * 2**20
 
     def __init__(
         self,
@@ -84,6 +91,8 @@ class PromptEncoder:
             self.fallback = "it does not pool at the last token of every prompt"
         self.embed_dim = self._checked_embed_dim()
         self._all = self._prompts(range(len(self.classnames)))
+        self._remembered: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, ctx: Tensor) -> Tensor:
         """Text features (..., C, d) of contexts (..., M, D), or (..., C, M, D) if class-specific.
@@ -100,8 +109,26 @@ class PromptEncoder:
             )
         if not ctx.numel():  # no prompts at all, as with a pool of no others
             return ctx.new_zeros(*lead, len(self.classnames), self.embed_dim)
-        features = self._encode(ctx.reshape(-1, *shape), self._all)
-        return F.normalize(features, dim=-1).reshape(*lead, *features.shape[1:])
+        prompts = ctx.reshape(-1, *shape)
+        if torch.is_grad_enabled():
+            features = F.normalize(self._encode(prompts, self._all), dim=-1)
+        else:
+            with self._lock:
+                features = torch.stack([self._remember(prompt) for prompt in prompts])
+        return features.reshape(*lead, *features.shape[1:])
+
+    def _remember(self, prompt: Tensor) -> Tensor:
+        """Features (C, d) of one prompt, from memory where it was met before."""
+        # One by one: the bits of a product may depend on how many rows it has, and what is
+        # remembered must not depend on the company in which it was first met.
+        key = prompt.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        features = self._remembered.pop(key, None)
+        if features is None:
+            features = F.normalize(self._encode(prompt[None], self._all)[0], dim=-1)
+        self._remembered[key] = features
+        while len(self._remembered) * features.nbytes > max(self.memory, features.nbytes):
+            self._remembered.popitem(last=False)
+        return features
 
     def embed(self, words: str) -> Tensor:
         """Token embeddings (n, D) of plain words, without SOS and EOT: CoOp's `ctx_init`."""

@@ -20,7 +20,7 @@ from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import records, work
 from pfedmoap_flwr.federation.kept import KeptHeads
-from pfedmoap_flwr.federation.work import Split
+from pfedmoap_flwr.federation.work import Split, Training
 from pfedmoap_flwr.methods import Head, Method, Task
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
@@ -52,6 +52,22 @@ class Client:
                 head.receive(tensors)
         return head
 
+    def training(self, message: Message) -> Training:
+        """Return what a train message asks for: the kept head, overwritten by what came."""
+        received = records.to_tensors(message.content["arrays"])
+        head = self.head(self.kept.load(before=round_of(message)), received)
+        on_device = {name: t.to(self.clip.device) for name, t in received.items()}
+        return Training(self.id, head, self.splits["train"], on_device)
+
+    def trained(self, training: Training, loss: float | None, server_round: int) -> RecordDict:
+        """Keep the trained head and return the answer: what is not personal."""
+        uploaded = self.method.upload(training.head, training.received)
+        self.kept.save(server_round, training.head.kept())
+        metrics: dict[str, int | float] = {"client": self.id, "num-examples": len(training.data)}
+        if loss is not None:
+            metrics["loss"] = loss
+        return RecordDict({"arrays": records.to_arrays(uploaded), "metrics": MetricRecord(metrics)})
+
 
 def answering(handler: Handler) -> Callable[[Message, Context], Message]:
     """Turn a handler's exception into an error reply that carries the whole traceback."""
@@ -72,7 +88,7 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
 
 def query(message: Message, context: Context) -> RecordDict:
     """Say which client this node is, what it holds and which classes it knows."""
-    client = _client(message, context)
+    client = awake(message, context)
     card: dict[str, int | str | list[str]] = {
         "client": client.id,
         "domain": client.rows.domain,
@@ -85,20 +101,10 @@ def query(message: Message, context: Context) -> RecordDict:
 
 def train(message: Message, context: Context) -> RecordDict:
     """Train on what was received and upload what is not personal; the head is kept on disk."""
-    client = _client(message, context)
-    server_round = int(message.content["config"]["round"])
-    received = records.to_tensors(message.content["arrays"])
-    head = client.head(client.kept.load(before=server_round), received)
-    device_received = {name: t.to(client.clip.device) for name, t in received.items()}
-    data = client.splits["train"]
-    loss = work.train(client.method, head, data, device_received, client.id, server_round)
-    uploaded = client.method.upload(head, device_received)
-    client.kept.save(server_round, head.kept())
-    metrics: dict[str, int | float] = {"client": client.id, "num-examples": len(data)}
-    if loss is not None:
-        metrics["loss"] = loss
-    arrays = records.to_arrays(uploaded)
-    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
+    client = awake(message, context)
+    training = client.training(message)
+    losses = work.train(client.method, [training], round_of(message))
+    return client.trained(training, losses[client.id], round_of(message))
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:
@@ -107,8 +113,8 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     A client that never trained has the global model for its own. Round 0, which begins a run, adds
     zero-shot CLIP.
     """
-    client = _client(message, context)
-    server_round = int(message.content["config"]["round"])
+    client = awake(message, context)
+    server_round = round_of(message)
     received = records.to_tensors(message.content["arrays"])
     if server_round == 0:
         client.kept.clear()
@@ -128,7 +134,13 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _client(message: Message, context: Context) -> Client:
+def round_of(message: Message) -> int:
+    """Return the round that a message belongs to."""
+    return int(message.content["config"]["round"])
+
+
+def awake(message: Message, context: Context) -> Client:
+    """Return the client that a message is for. Raises UsageError where there is none."""
     settings = config.parse(context.run_config)
     method = methods.load(settings.method)(settings)
     if "partition-id" not in context.node_config:

@@ -1,4 +1,4 @@
-"""The same ServerApp and ClientApp without Ray: every client runs in this process, one by one."""
+"""The same ServerApp and ClientApp without Ray: every client runs in this process."""
 
 from collections.abc import Callable, Iterable
 from uuid import uuid4
@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from pfedmoap_flwr.federation.parallel import answer_all
 from pfedmoap_flwr.settings import Value
 
 RUN_ID = 1
@@ -50,13 +51,12 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let every addressed node answer at once; return the message ids."""
-        ids = []
+        requests = []
         for message in messages:
-            message_id = str(uuid4())
-            message.metadata.__dict__["_message_id"] = message_id
-            context = self._contexts[message.metadata.dst_node_id]
-            self._replies[message_id] = self._client_app(message, context)
-            ids.append(message_id)
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            requests.append((message, self._contexts[message.metadata.dst_node_id]))
+        ids = [message.metadata.message_id for message, _ in requests]
+        self._replies |= zip(ids, answer_all(self._client_app, requests), strict=True)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

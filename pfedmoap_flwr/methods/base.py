@@ -74,6 +74,9 @@ class Head(nn.Module):
     `encode` holds all work that does not depend on an image, so that an evaluation does it once.
     """
 
+    def prepare(self) -> None:
+        """Compute, unless it is there, what no training step changes: once after each delivery."""
+
     def encode(self) -> Any:
         """Return what `classify` needs besides images."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Head, Method, PromptHead, Received, Server, Task
 from pfedmoap_flwr.pool import select_experts
-from pfedmoap_flwr.randomness import derive_seed, torch_generator
+from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import setting
 
 RELEASED_SCORE_SCALE = 10.0
@@ -40,30 +40,40 @@ class AttentionGate(nn.Module):
     Scores are divided by sqrt(d_head), or multiplied by `score_scale` where given.
     """
 
-    def __init__(self, d_gating: int, heads: int, score_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        d_gating: int,
+        heads: int,
+        generator: torch.Generator,
+        score_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.score_scale = (d_gating // heads) ** -0.5 if score_scale is None else score_scale
-        self.query = nn.Linear(d_gating, d_gating)
-        self.key = nn.Linear(d_gating, d_gating)
-        self.value = nn.Linear(d_gating, d_gating)
-        self.out = nn.Linear(d_gating, d_gating)
+        self.query = _linear(d_gating, generator)
+        self.key = _linear(d_gating, generator)
+        self.value = _linear(d_gating, generator)
+        self.out = _linear(d_gating, generator)
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Return T_MoE (B, C, d_gating) of images (B, d_gating) and experts (K+1, C, d_gating)."""
+        n_experts = len(text_features)
         split = (self.heads, -1)
-        query = self.query(image_features).unflatten(-1, split)
-        key = self.key(text_features).unflatten(-1, split)
-        value = self.value(text_features).unflatten(-1, split)
-        scores = self.score_scale * torch.einsum("bhd,kchd->bchk", query, key)
-        mixed = torch.einsum("bchk,kchd->bchd", scores.softmax(dim=-1), value)
-        return self.out(mixed.flatten(-2))
+        query = self.query(image_features).unflatten(-1, split).movedim(1, 0)
+        key = self.key(text_features).flatten(0, 1).unflatten(-1, split).permute(1, 2, 0)
+        value = self.value(text_features).unflatten(-1, split).permute(2, 1, 0, 3)
+        # Classes innermost: (heads, B, K+1, C) is one product and a softmax over whole rows
+        scores = (self.score_scale * query @ key).unflatten(-1, (n_experts, -1))
+        weights = scores.softmax(dim=2)
+        mixed = weights.permute(0, 3, 1, 2) @ value
+        return self.out(mixed.permute(2, 1, 0, 3).flatten(-2))
 
 
 class PFedMoAPHead(PromptHead):
     """Local prompt, gate, and the experts of the last delivery (None: plain prompt training)."""
 
     experts: Tensor | None
+    expert_features: Tensor | None
 
     def __init__(self, clip: FrozenClip, task: Task, settings: Any) -> None:
         super().__init__(clip, task.classnames, settings)
@@ -73,31 +83,33 @@ class PFedMoAPHead(PromptHead):
         self.d_gating = own.d_gating
         self.gate: AttentionGate | None = None
         self.register_buffer("experts", None)
+        self.register_buffer("expert_features", None, persistent=False)
         if own.gate == "attention":
             _check_widths(own, self.encoder.embed_dim)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(settings.seed, "gate"))
-                scale = RELEASED_SCORE_SCALE if self.released else None
-                self.gate = AttentionGate(own.d_gating, own.heads, scale).to(clip.device)
+            generator = torch_generator(settings.seed, "gate")
+            scale = RELEASED_SCORE_SCALE if self.released else None
+            self.gate = AttentionGate(own.d_gating, own.heads, generator, scale).to(clip.device)
 
     def receive(self, tensors: Received) -> None:
         """Overwrite by name. Experts last for one delivery: a first-timer has none (footnote 1)."""
         super().receive(tensors)
         experts = tensors.get("experts")
         self.experts = None if experts is None else experts.detach().clone().to(self.ctx.device)
-        self.__dict__.pop("expert_features", None)
+        self.expert_features = None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Encode the experts, which stay fixed: pooled T_NL (K, C, d_gating) of Eq. 8."""
+        if self.gate is not None and self.experts is not None and self.expert_features is None:
+            self.expert_features = self.pool(self.encoder(self.experts))
 
     def encode(self) -> Any:
         """Return T_L (C, d) and, where there is a gate and a delivery, pooled [T_L, T_NL]."""
+        self.prepare()
         local = self.encoder(self.ctx)
-        if self.experts is None or self.gate is None:
+        if self.expert_features is None:
             return local, None
-        if "expert_features" not in self.__dict__:
-            # Eq. 8: once per delivery, then fixed
-            with torch.no_grad():
-                self.__dict__["expert_features"] = self.encoder(self.experts)
-        both = torch.cat([local.unsqueeze(0), self.__dict__["expert_features"]])
-        return local, self.pool(both)
+        return local, torch.cat([self.pool(local).unsqueeze(0), self.expert_features])
 
     def classify(self, image_features: Tensor, encoded: Any) -> Tensor:
         """Return logits (B, C): Eq. 10 times 1/tau; plain Eq. 3 without experts."""
@@ -109,9 +121,10 @@ class PFedMoAPHead(PromptHead):
         if self.gate is not None:
             query = self.pool(image_features)
             moe = self.gate(query, experts)
+            mixture_logits = torch.einsum("bd,bcd->bc", query, moe)
             if not self.released:
-                moe = F.normalize(moe, dim=-1)
-            logits = logits + torch.einsum("bd,bcd->bc", query, moe)
+                mixture_logits = mixture_logits / moe.norm(dim=-1).clamp_min(1e-12)
+            logits = logits + mixture_logits
         return self.logit_scale * logits
 
     def pool(self, features: Tensor) -> Tensor:
@@ -153,6 +166,15 @@ class PFedMoAP(Method):
             empty = prompts[client].new_empty((0, *prompts[client].shape))
             sent["experts"] = torch.stack([prompts[i] for i in chosen]) if chosen else empty
         return sent
+
+
+def _linear(width: int, generator: torch.Generator) -> nn.Linear:
+    """Return nn.Linear as it starts by itself, drawn by a generator of one's own."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, width, width)
+    bound = width**-0.5
+    for parameter in (layer.weight, layer.bias):
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return layer
 
 
 def _check_widths(own: PFedMoAPSettings, embed_dim: int) -> None:
