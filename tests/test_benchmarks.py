@@ -1,0 +1,40 @@
+"""Every benchmark runs in a small size and ends with one line of JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUICK = {
+    # benchmark: how many cells of each kind its quick run has
+    "step": {"images": 1, "agreement": 1, "step": 2, "delivery": 1, "peak": 1, "10 prompts": 1},
+}
+
+
+def last_line(benchmark: str) -> Any:
+    """Run it with --quick on one thread and read its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick"]
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    del environment["PFEDMOAP_ASSETS"]  # the tests' own, which lack the bundled model
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("benchmark", QUICK)
+def test_quick_run_ends_with_json(benchmark: str) -> None:
+    result = last_line(benchmark)
+    assert result["benchmark"] == benchmark
+    assert {"device", "torch", "commit", "date"} <= result["environment"].keys()
+    kinds = [cell["cell"] for cell in result["cells"]]
+    assert {kind: kinds.count(kind) for kind in QUICK[benchmark]} == QUICK[benchmark]
+    ratios = {key: value for key, value in result.items() if key.startswith("ratio")}
+    for cell in [ratios, *result["cells"]]:
+        assert all(value > 0 for key, value in cell.items() if key.startswith("ratio")), cell
+        if cell.get("cell") == "agreement":
+            assert max(cell["logits"], cell["gradient"]) < 1e-4
