@@ -11,8 +11,8 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -47,6 +47,8 @@ def kept(name: str, rows: int, step: int, compute: Compute) -> np.ndarray:
         with _locked(path):
             array = _whole(path, rows, step)
             if array is None:
+                if path.exists():
+                    logger.warning("%s is damaged; it is computed again", path)
                 _write(path, rows, step, compute)
                 array = _whole(path, rows, step)
     if array is None:
@@ -59,11 +61,7 @@ def kept(name: str, rows: int, step: int, compute: Compute) -> np.ndarray:
 
 def _whole(path: Path, rows: int, step: int) -> np.ndarray | None:
     array, intact = _map(path, path.stem, rows, step)
-    if array is not None and intact == rows:
-        return array
-    if path.exists():
-        logger.warning("%s is damaged; it is computed again", path)
-    return None
+    return array if intact == rows else None
 
 
 def _map(path: Path, name: str, rows: int, step: int) -> tuple[np.memmap | None, int]:
@@ -94,7 +92,7 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
     array, done = _map(part, path.stem, rows, step)
     try:
         with _blaming(path.parent):
-            file = part.open("r+b" if done else "w+b")
+            file = part.open("r+b" if done else "w+b", buffering=0)
         with file, contextlib.closing(compute(done)) as blocks:
             for block in blocks:
                 with _blaming(path.parent):
@@ -110,25 +108,29 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
         raise
 
 
-def _lay_out(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, step: int) -> np.memmap:
+def _lay_out(file: FileIO, shape: tuple[int, ...], dtype: np.dtype, step: int) -> np.memmap:
     """Give an empty file its header and its full, sparse length; return the array it will be."""
     description = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(file, description)
     blocks = -(-shape[0] // step)
     file.truncate(file.tell() + math.prod(shape) * dtype.itemsize + blocks * CHECKSUM.itemsize)
-    file.flush()
     return npy.open_memmap(file.name, mode="r")
 
 
 def _put(
-    file: BinaryIO, array: np.memmap, block: np.ndarray, start: int, step: int, checksum: int
+    file: FileIO, array: np.memmap, block: np.ndarray, start: int, step: int, checksum: int
 ) -> None:
     # Not through the map: on a full disk that ends the process, where a write says so
-    file.seek(array.offset + start * array.strides[0])
-    file.write(np.ascontiguousarray(block).tobytes())
-    file.seek(array.offset + array.nbytes + start // step * CHECKSUM.itemsize)
-    file.write(np.array(checksum, CHECKSUM).tobytes())
-    file.flush()
+    _write_at(file, array.offset + start * array.strides[0], np.ascontiguousarray(block).tobytes())
+    place = array.offset + array.nbytes + start // step * CHECKSUM.itemsize
+    _write_at(file, place, np.array(checksum, CHECKSUM).tobytes())
+
+
+def _write_at(file: FileIO, place: int, content: bytes) -> None:
+    file.seek(place)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _sweep(folder: Path) -> None:

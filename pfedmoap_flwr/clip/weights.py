@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained
@@ -69,7 +70,10 @@ def find_preprocessing(model: str, weights: str) -> PreprocessCfg:
 
 def load_full_model(model: str, checkpoint: Path) -> Any:
     """Return open_clip's model on the CPU, frozen."""
-    return open_clip.create_model(model, str(checkpoint)).eval().requires_grad_(False)
+    # Weights are random until they are read: whether images were, nobody's numbers tell
+    with torch.random.fork_rng(devices=[]):
+        network = open_clip.create_model(model, str(checkpoint))
+    return network.eval().requires_grad_(False)
 
 
 def load_text_model(model: str, checkpoint: Path) -> Any:
