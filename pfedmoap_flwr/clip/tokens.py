@@ -1,4 +1,4 @@
-"""Every position of an image in the joint space of images and texts, as PLOT and FedOTP read it."""
+"""Every position of an image in the joint space, as FedOTP's released code has it."""
 
 from typing import Any
 
