@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.load import find_weights, resolve_device
+from pfedmoap_flwr.clip.load import resolve_device
+from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition

@@ -1,20 +1,19 @@
-"""The frozen model: weights by name, by file and by tag; features computed once and kept."""
+"""The frozen model: weights by name, by file and by tag; its text tower alone, unchanged."""
 
-import os
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from models import MADE, make, whole
+from open_clip import pretrained
+from safetensors.torch import load_file, save_file
 
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.clip import features
-from pfedmoap_flwr.clip.features import read_images
-from pfedmoap_flwr.clip.load import FrozenClip, find_weights, load_clip, resolve_device
+from pfedmoap_flwr.clip import weights
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
+from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.errors import UsageError
 
@@ -24,86 +23,102 @@ def tiny() -> FrozenClip:
     return load_clip("tiny", "tiny", "cpu")
 
 
-@pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def pictures(count: int = 5) -> datasets.Dataset:
-    rng = np.random.default_rng(1)
-    images = [Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)) for _ in range(count)]
-    schema = datasets.Features({"image": datasets.Image()})
-    return datasets.Dataset.from_dict({"image": images}, features=schema)
-
-
-def test_features_are_open_clips_own(tiny: FrozenClip, cache: Path) -> None:
-    images = pictures()
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        "tiny", pretrained=str(asset("clip/tiny.safetensors"))
-    )
-    model.eval()
-    with torch.no_grad():
-        batch = torch.stack([preprocess(image) for image in images["image"]])
-        expected = model.encode_image(batch, normalize=True)
-    torch.testing.assert_close(read_images(tiny, images, "features"), expected)
-
-
-def test_features_are_computed_once(
-    tiny: FrozenClip, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = pictures()
-    first = read_images(tiny, images, "features")
-    monkeypatch.setattr(features, "_compute", None)
-    assert torch.equal(first, read_images(tiny, images, "features"))
-
-
-def test_other_images_or_weights_have_other_features(tiny: FrozenClip, cache: Path) -> None:
-    read_images(tiny, pictures(5), "features")
-    assert len(read_images(tiny, pictures(6), "features")) == 6
-    assert len(list(cache.glob("*.npy"))) == 2
-    twin = FrozenClip("tiny", open_clip.create_model("tiny").eval(), *vars_of(tiny))
-    assert twin.fingerprint != tiny.fingerprint
-
-
-def vars_of(clip: FrozenClip) -> tuple:  # type: ignore[type-arg]
-    return clip.tokenizer, clip.preprocess, clip.device
-
-
-@pytest.mark.parametrize("damage", [b"", b"garbage", None])
-def test_a_damaged_cache_file_is_rebuilt(
-    tiny: FrozenClip, cache: Path, damage: bytes | None
-) -> None:
-    first = read_images(tiny, pictures(), "features")
-    (path,) = cache.glob("*.npy")
-    path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
-    assert torch.equal(first, read_images(tiny, pictures(), "features"))
-
-
-def _read_elsewhere(cache: str) -> np.ndarray:
-    os.environ["PFEDMOAP_CACHE"] = cache
-    return read_images(load_clip("tiny", "tiny", "cpu"), pictures(), "features").numpy()
-
-
-def test_processes_that_start_at_once_agree(tiny: FrozenClip, cache: Path) -> None:
-    with ProcessPoolExecutor(2) as pool:
-        first, second = pool.map(_read_elsewhere, [str(cache)] * 2)
-    assert (first == second).all()
-    assert len(list(cache.glob("*.npy"))) == 1
-    assert not list(cache.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("reads", ["tokens", "pixels"])
-def test_what_cannot_be_read_yet_is_said(tiny: FrozenClip, reads: str) -> None:
-    with pytest.raises(UsageError, match=reads):
-        read_images(tiny, pictures(), reads)  # type: ignore[arg-type]
-
-
 def test_zeroshot_text_is_open_clips_own(tiny: FrozenClip) -> None:
     names = ("red panda", "snow_owl")
     tokens = open_clip.get_tokenizer("tiny")(["a photo of a red panda.", "a photo of a snow owl."])
-    expected = tiny.model.encode_text(tokens, normalize=True)
+    full = whole("tiny", asset("clip/tiny.safetensors"))
+    with torch.no_grad():
+        expected = full.encode_text(tokens, normalize=True)
     torch.testing.assert_close(tiny.zeroshot(names, "a photo of a {}."), expected)
+
+
+TEXTS = ["a photo of a red panda.", "snow", "a drawing of a green tree frog."]
+
+
+@pytest.mark.parametrize("name", [*MADE, "tiny", "mini"])
+def test_text_features_are_bitwise_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    if name in MADE:
+        full, path = make(name, tmp_path)
+        clip = load_clip(f"made-{name}", str(path), "cpu")
+    else:
+        path = asset(f"clip/{name}.safetensors")
+        open_clip.add_model_config(path.parent)
+        full, clip = whole(name, path), load_clip(name, str(path), "cpu")
+    assert not hasattr(clip.model, "visual")
+    tokens = clip.tokenizer(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(clip.model.encode_text(tokens), full.encode_text(tokens))
+    assert clip.logit_scale == float(full.logit_scale.exp())
+    kept = {n: t for n, t in full.state_dict().items() if not n.startswith("visual.")}
+    assert clip.model.state_dict().keys() == kept.keys()
+
+
+@pytest.mark.parametrize("name", ["vit", "rn-custom", "coca"])
+def test_images_are_prepared_as_by_open_clip(name: str, tmp_path: Path) -> None:
+    _, path = make(name, tmp_path)
+    _, _, expected = open_clip.create_model_and_transforms(f"made-{name}", str(path))
+    assert repr(load_clip(f"made-{name}", str(path), "cpu").preprocess) == repr(expected)
+
+
+def test_only_the_text_part_of_a_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = make("vit", tmp_path)
+    for reader in ("load_full_model", "load_state_dict"):
+        monkeypatch.setattr(weights, reader, None)
+    clip = load_clip("made-vit", str(path), "cpu")
+    parameters = sum(p.numel() for p in clip.model.parameters())
+    assert parameters == sum(
+        tensor.numel() for n, tensor in load_file(path).items() if not n.startswith("visual.")
+    )
+
+
+@pytest.mark.parametrize("kind", ["pt", "old names", "other size of logit_scale"])
+def test_other_checkpoints_load_as_with_open_clip(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "vit-custom" if kind == "old names" else "vit"
+    _, path = make(name, tmp_path)
+    content = load_file(path)
+    if kind == "pt":
+        path = tmp_path / "weights.pt"
+        torch.save({"state_dict": {f"module.{n}": t for n, t in content.items()}}, path)
+    else:
+        if kind == "old names":
+            content = {n.removeprefix("text."): tensor for n, tensor in content.items()}
+        else:
+            content["logit_scale"] = content["logit_scale"].reshape(1)
+        path = tmp_path / "other.safetensors"
+        save_file(content, path)
+    full = whole(f"made-{name}", path)
+    if kind != "other size of logit_scale":
+        monkeypatch.setattr(weights, "load_full_model", None)
+    clip = load_clip(f"made-{name}", str(path), "cpu")
+    tokens = clip.tokenizer(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(clip.model.encode_text(tokens), full.encode_text(tokens))
+
+
+def test_published_weights_bring_their_preprocessing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = make("vit", tmp_path)
+    published = {"file": str(path), "mean": (0.5,) * 3, "std": (0.25,) * 3, "resize_mode": "squash"}
+    monkeypatch.setitem(pretrained._PRETRAINED, "made-vit", {"ours": published})
+    clip = load_clip("made-vit", "ours", "cpu")
+    _, _, expected = open_clip.create_model_and_transforms("made-vit", "ours")
+    assert clip.checkpoint == path
+    assert repr(clip.preprocess) == repr(expected)
+    assert "0.25" in repr(expected)
+
+
+def test_the_fingerprint_sees_weights_and_preprocessing(tiny: FrozenClip) -> None:
+    other = open_clip.create_model("tiny").eval()
+    del other.visual
+    assert replace(tiny, model=other).fingerprint != tiny.fingerprint
+    prepared = replace(tiny.preprocessing, size=24)
+    assert replace(tiny, preprocessing=prepared).fingerprint != tiny.fingerprint
+    assert replace(tiny).fingerprint == tiny.fingerprint
 
 
 def test_weights_load_from_a_path_as_from_a_name(tiny: FrozenClip, tmp_path: Path) -> None:
@@ -143,7 +158,7 @@ def test_weights_that_cannot_be_had_are_said(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host\nsecond line")
 
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+    monkeypatch.setattr(weights, "download_pretrained", refuse)
     with pytest.raises(UsageError, match=r"no route to host.*clip\.pretrained=/path") as raised:
         load_clip("RN50-quickgelu", "openai", "cpu")
     assert "\n" not in str(raised.value)

@@ -1,85 +1,181 @@
-"""Frozen image features, computed once per images, weights and preprocessing, and kept on disk."""
+"""Frozen image features: computed once per images, weights and preprocessing, mapped from disk."""
 
+import contextlib
 import hashlib
+import json
 import logging
-import os
-import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
-from filelock import FileLock
+from open_clip.utils import to_2tuple
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision import transforms
 
+from pfedmoap_flwr.clip.cache import cache_folder, kept
 from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.clip.tokens import project_positions
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.randomness import derive_seed
 
 BATCH = 128
+RECIPE = 1  # goes up when what is computed below changes
 logger = logging.getLogger("flwr.pfedmoap")
 
-
-def cache_folder() -> Path:
-    """Return the folder of computed features: $PFEDMOAP_CACHE or ~/.cache/pfedmoap."""
-    return Path(os.environ.get("PFEDMOAP_CACHE", "~/.cache/pfedmoap")).expanduser()
+Reads = Literal["features", "tokens", "pixels"]
 
 
 def read_images(
-    clip: FrozenClip, images: datasets.Dataset, reads: Literal["features", "tokens", "pixels"]
+    clip: FrozenClip,
+    images: datasets.Dataset,
+    reads: Reads,
+    views: int = 0,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> Tensor:
-    """Return what a method reads of each image; "features": (n, d) float32, L2-normalised.
+    """Return what a method reads of each image, L2-normalised, as `dtype`, mapped from disk.
 
-    Raises UsageError for "tokens" and "pixels", which no method here reads yet.
+    "features": (n, d). "tokens": (n, T, d), every patch in the joint space. With `views` V, of V
+    augmentations of each image instead: (n, V, d) or (n, V, T, d), the same ones on every machine.
+
+    The image tower is loaded only where the cache lacks them, and freed again.
+
+    Raises UsageError for "pixels", which no method here reads yet; for an image tower that has no
+    patch tokens; for a cache folder that cannot be written.
     """
-    if reads != "features":
+    if reads not in ("features", "tokens"):
         raise UsageError(
-            f"a method reads '{reads}' of an image; only 'features' can be read so far"
+            f"a method reads '{reads}' of an image; only 'features' and 'tokens' can be read so far"
         )
-    path = cache_folder() / f"{_key(clip, images)}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One process computes, the others wait for its file
-    with FileLock(f"{path}.lock"):
-        features = _load(path, len(images))
-        if features is None:
-            features = _compute(clip, images)
-            _save(path, features)
-    return torch.from_numpy(features)
+    pictures = _digest(images)
+    described = {
+        "recipe": RECIPE,
+        "weights": clip.checkpoint_digest,
+        "model": clip.name,
+        "config": clip.config,
+        "preprocessing": asdict(clip.preprocessing),
+        "images": pictures,
+        "reads": reads,
+        "views": views,
+        "dtype": dtype,
+    }
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    step = max(1, BATCH // max(1, views))
+
+    def compute(start: int) -> Generator[np.ndarray, None, None]:
+        prepare = _augmenting(clip, views, pictures) if views else _plain(clip)
+        for block in _encode(
+            clip, images, prepare, reads, range(start, len(images), step), getattr(torch, dtype)
+        ):
+            yield (block.unflatten(0, (-1, views)) if views else block).numpy()
+
+    return torch.from_numpy(kept(name, len(images), step, compute))
 
 
-def _key(clip: FrozenClip, images: datasets.Dataset) -> str:
-    digest = hashlib.sha256(clip.fingerprint.encode())
-    for image in _encoded(images):
-        digest.update(image["bytes"] or Path(image["path"]).read_bytes())
+def _digest(images: datasets.Dataset) -> str:
+    """Hash the encoded bytes of all images, in their order."""
+    digest = hashlib.sha256()
+    encoded = images.cast_column("image", datasets.Image(decode=False)).with_format(None)
+    for batch in encoded.iter(batch_size=1000):
+        for image in batch["image"]:
+            content = image["bytes"] or Path(image["path"]).read_bytes()
+            digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
-def _encoded(images: datasets.Dataset) -> list[dict[str, Any]]:
-    column: list[dict[str, Any]] = images.cast_column(
-        "image", datasets.Image(decode=False)
-    ).with_format(None)["image"][:]
-    return column
+Prepare = Callable[[int, Any], list[Tensor]]
+"""From an image's number and the image to its inputs (3, H, W) of the tower."""
 
 
-def _load(path: Path, length: int) -> np.ndarray | None:
-    try:
-        features: np.ndarray = np.load(path)
-    except (FileNotFoundError, ValueError, EOFError, OSError):
-        return None
-    return features if len(features) == length and np.isfinite(features).all() else None
+def _plain(clip: FrozenClip) -> Prepare:
+    return lambda number, image: [clip.preprocess(image)]
 
 
-def _compute(clip: FrozenClip, images: datasets.Dataset) -> np.ndarray:
-    logger.info("computing features of %d images with %s", len(images), clip.name)
-    parts = []
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]["image"]
-        pixels = torch.stack([clip.preprocess(image.convert("RGB")) for image in batch])
-        parts.append(clip.encode_image(pixels).cpu())
-    return torch.cat(parts).numpy()
+def _augmenting(clip: FrozenClip, views: int, pictures: str) -> Prepare:
+    """Return CoOp's augmentation: a random crop, resized, and a flip, before CLIP's own steps."""
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                to_2tuple(clip.preprocessing.size),
+                scale=(0.08, 1.0),
+                interpolation=transforms.InterpolationMode.BICUBIC,
+            ),
+            transforms.RandomHorizontalFlip(),
+            clip.preprocess,
+        ]
+    )
+
+    def view(number: int, image: Any, which: int) -> Tensor:
+        # torchvision draws from the global generator only
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed("view", pictures, number, which))
+            return augment(image)
+
+    return lambda number, image: [view(number, image, which) for which in range(views)]
 
 
-def _save(path: Path, features: np.ndarray) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, features)
-    os.replace(file.name, path)
+def _encode(
+    clip: FrozenClip,
+    images: datasets.Dataset,
+    prepare: Prepare,
+    reads: Reads,
+    starts: range,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Yield the blocks that begin at `starts`, with the image tower in memory for so long."""
+    if not starts:
+        return
+    began, size = time.monotonic(), 0
+    with clip.image_tower() as tower, _progress(clip.name, starts) as advance:
+        tower_size = sum(t.nbytes for t in tower.state_dict().values())
+        for start in starts:
+            batch = images[start : start + starts.step]["image"]
+            inputs = [
+                pixels
+                for number, image in enumerate(batch, start)
+                for pixels in prepare(number, image.convert("RGB"))
+            ]
+            block = _positions(tower, torch.stack(inputs).to(clip.device), reads).to("cpu", dtype)
+            size += block.nbytes
+            yield block
+            advance(len(batch))
+    logger.info(
+        "read %d images with %s in %.1f s: %.1f MB kept in %s and mapped into memory from there; "
+        "the image tower's %.1f MB are free again",
+        starts.stop - starts.start,
+        clip.name,
+        time.monotonic() - began,
+        size / 1e6,
+        cache_folder(),
+        tower_size / 1e6,
+    )
+
+
+@torch.no_grad()
+def _positions(tower: Any, pixels: Tensor, reads: Reads) -> Tensor:
+    if reads == "tokens":
+        found = project_positions(tower, pixels)[:, 1:]
+    else:
+        found = tower(pixels)
+        # CoCa's tower returns its tokens as well
+        found = found[0] if isinstance(found, tuple) else found
+    return F.normalize(found.float(), dim=-1)
+
+
+@contextlib.contextmanager
+def _progress(model: str, starts: range) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and one line in a log."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        logger.info("reading images %d to %d with %s", starts.start, starts.stop, model)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"images with {model}", total=starts.stop, completed=starts.start)
+        yield lambda number: bar.advance(task, number)

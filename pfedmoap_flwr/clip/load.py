@@ -1,20 +1,27 @@
 """Load a frozen CLIP through open_clip: the bundled mini, any published model, or a local file."""
 
-import difflib
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
-from torch.nn import functional as F
 
-from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.weights import (
+    find_checkpoint,
+    find_preprocessing,
+    find_weights,
+    load_full_model,
+    load_text_model,
+    weights_errors,
+)
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import setting
 
@@ -25,17 +32,22 @@ class ClipSettings:
 
     model: str = setting("mini", "an open_clip model name")
     pretrained: str = setting("mini", "bundled name, published tag, or path of a checkpoint")
+    features_dtype: Literal["float32", "float16"] = setting("float32", "image features on disk")
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenClip:
-    """A CLIP model whose weights never change (open_clip's model, tokenizer and preprocessing)."""
+    """A CLIP model whose weights never change: open_clip's, without its image tower.
+
+    Images are read once (see `features`), so that the tower is loaded for that alone.
+    """
 
     name: str
     model: Any
     tokenizer: Callable[[list[str]], Tensor]
-    preprocess: Callable[[Any], Tensor]
+    preprocessing: PreprocessCfg
     device: torch.device
+    checkpoint: Path
 
     @functools.cached_property
     def logit_scale(self) -> float:
@@ -44,12 +56,28 @@ class FrozenClip:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all weights, buffers and the preprocessing."""
-        digest = hashlib.sha256(repr(self.preprocess).encode())
+        """A hash of all weights and buffers in memory, and of the preprocessing."""
+        digest = hashlib.sha256(repr(self.preprocessing).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def checkpoint_digest(self) -> str:
+        """A hash of the checkpoint file, for which no weight is loaded."""
+        with self.checkpoint.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """open_clip's description of the model."""
+        return dict(open_clip.get_model_config(self.name))
+
+    @functools.cached_property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """CLIP's own steps from an image to the input (3, H, W) of its image tower."""
+        return image_transform_v2(self.preprocessing, is_train=False)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
@@ -79,10 +107,21 @@ class FrozenClip:
             texts = [template.format(name.replace("_", " ")) for name in classnames]
             return encode_text(self.model, self.tokenizer, texts)
 
-    @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Return image features (B, d), L2-normalised, of preprocessed images (B, 3, H, W)."""
-        return F.normalize(self.model.encode_image(images.to(self.device)).float(), dim=-1)
+    @contextlib.contextmanager
+    def image_tower(self) -> Iterator[Any]:
+        """Load the image tower, from (B, 3, H, W) to (B, d), and free it at the end.
+
+        Raises UsageError where the checkpoint is gone or torn.
+        """
+        with weights_errors(self.name, str(self.checkpoint)):
+            tower = load_full_model(self.name, self.checkpoint).visual.to(self.device)
+        try:
+            yield tower
+        finally:
+            # Whoever still holds the tower, be it in a traceback, holds no memory
+            tower.to("meta")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -104,50 +143,9 @@ def load_clip(model: str, pretrained: str, device: str = "auto") -> FrozenClip:
     """
     torch_device = resolve_device(device)
     weights = find_weights(model, pretrained)
-    try:
-        network, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=weights, device=torch_device
-        )
-    except Exception as error:
-        # open_clip, the hub client and the file readers each raise their own kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"weights '{pretrained}' for {model} could not be loaded ({reason[:200]}); give a "
-            "local checkpoint with clip.pretrained=/path/to/file, or use the bundled "
-            "clip.model=mini clip.pretrained=mini"
-        ) from error
-    network.eval().requires_grad_(False)
-    return FrozenClip(model, network, open_clip.get_tokenizer(model), preprocess, torch_device)
-
-
-def find_weights(model: str, pretrained: str) -> str:
-    """Return what open_clip takes for `pretrained`: a file, bundled or not, or a published tag.
-
-    Raises UsageError where the model or the weights do not exist, or do not belong together.
-    """
-    open_clip.add_model_config(asset("clip"))
-    if model not in open_clip.list_models():
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=1, cutoff=0.0)[0]
-        raise UsageError(
-            f"setting clip.model={model!r}: unknown to open_clip; did you mean '{near}'?"
-        )
-    if Path(pretrained).is_file():
-        return str(Path(pretrained).resolve())
-    if model == pretrained:
-        return str(asset(f"clip/{pretrained}.safetensors"))
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained not in tags:
-        offer = f"one of {', '.join(tags)}, or " if tags else ""
-        raise UsageError(
-            f"setting clip.pretrained={pretrained!r}: no such file and not published for {model}; "
-            f"use {offer}the path of a checkpoint file"
-        )
-    published = open_clip.get_pretrained_cfg(model, pretrained)
-    quick_gelu = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
-    twin = model.removesuffix("-quickgelu") + ("" if quick_gelu else "-quickgelu")
-    if bool(published.get("quick_gelu", False)) != quick_gelu:
-        raise UsageError(
-            f"clip.model={model} and clip.pretrained={pretrained} disagree on QuickGELU; "
-            f"use clip.model={twin}"
-        )
-    return pretrained
+    with weights_errors(model, pretrained):
+        checkpoint = find_checkpoint(model, weights)
+        network = load_text_model(model, checkpoint).to(torch_device)
+        tokenizer = open_clip.get_tokenizer(model)
+    preprocessing = find_preprocessing(model, weights)
+    return FrozenClip(model, network, tokenizer, preprocessing, torch_device, checkpoint)

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.features import read_images
+from pfedmoap_flwr.clip.features import Reads, read_images
 from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
@@ -148,7 +148,9 @@ def awake(message: Message, context: Context) -> Client:
             "this SuperNode has no partition-id; start it with "
             '--node-config "partition-id=0 num-partitions=2"'
         )
-    node = _node(settings.data, settings.clip, settings.seed, settings.device, method.reads)
+    node = _node(
+        settings.data, settings.clip, settings.seed, settings.device, method.reads, method.views
+    )
     number = int(context.node_config["partition-id"])
     if number >= len(node.clients):
         raise UsageError(
@@ -183,14 +185,23 @@ class _Node:
         parts = {}
         for split, rows in self.clients[client].rows.items():
             labels = torch.from_numpy(self.images.column(split, "label")[rows])
-            parts[split] = Split(self.features[split][rows].to(device), labels.to(device))
+            # On disk they may be float16, in training never
+            features = self.features[split][rows].to(device, torch.float32)
+            parts[split] = Split(features, labels.to(device))
         return parts
 
 
 @functools.lru_cache(maxsize=2)
-def _node(data: DataSettings, clip: ClipSettings, seed: int, device: str, reads: str) -> _Node:
+def _node(
+    data: DataSettings, clip: ClipSettings, seed: int, device: str, reads: Reads, views: int
+) -> _Node:
     images = load_images(data.name)
     clients = partition(images, data, seed)
     frozen = load_clip(clip.model, clip.pretrained, device)
-    features = {s: read_images(frozen, images.splits[s], reads) for s in SPLITS}  # type: ignore[arg-type]
+    features = {
+        split: read_images(
+            frozen, images.splits[split], reads, views * (split == "train"), clip.features_dtype
+        )
+        for split in SPLITS
+    }
     return _Node(frozen, images, clients, features)

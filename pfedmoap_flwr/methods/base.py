@@ -134,11 +134,16 @@ class PromptHead(Head):
 
 
 class Method:
-    """One federated method. Subclasses override what differs from PromptFL, and nothing else."""
+    """One federated method. Subclasses override what differs from PromptFL, and nothing else.
+
+    `reads` is what a head gets of an image: "features" (B, d) or patch "tokens" (B, T, d). With
+    `views` V, a loss gets V augmentations of each training image: (B, V, d) or (B, V, T, d).
+    """
 
     table: ClassVar[type | None] = None
     personal: tuple[str, ...] = ()
     reads: Literal["features", "tokens", "pixels"] = "features"
+    views: int = 0
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

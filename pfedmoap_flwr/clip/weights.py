@@ -1,0 +1,131 @@
+"""From a model's name and its weights' to a checkpoint file, and to the part of a model in it."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.pretrained import download_pretrained
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from safetensors import safe_open
+from torch import Tensor
+
+from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr.errors import UsageError
+
+VISUAL = "visual."
+NO_TOWER = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
+
+
+def find_weights(model: str, pretrained: str) -> str:
+    """Return what open_clip takes for `pretrained`: a file, bundled or not, or a published tag.
+
+    Raises UsageError where the model or the weights do not exist, or do not belong together.
+    """
+    open_clip.add_model_config(asset("clip"))
+    if model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=1, cutoff=0.0)[0]
+        raise UsageError(
+            f"setting clip.model={model!r}: unknown to open_clip; did you mean '{near}'?"
+        )
+    if Path(pretrained).is_file():
+        return str(Path(pretrained).resolve())
+    if model == pretrained:
+        return str(asset(f"clip/{pretrained}.safetensors"))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained not in tags:
+        offer = f"one of {', '.join(tags)}, or " if tags else ""
+        raise UsageError(
+            f"setting clip.pretrained={pretrained!r}: no such file and not published for {model}; "
+            f"use {offer}the path of a checkpoint file"
+        )
+    published = open_clip.get_pretrained_cfg(model, pretrained)
+    quick_gelu = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    twin = model.removesuffix("-quickgelu") + ("" if quick_gelu else "-quickgelu")
+    if bool(published.get("quick_gelu", False)) != quick_gelu:
+        raise UsageError(
+            f"clip.model={model} and clip.pretrained={pretrained} disagree on QuickGELU; "
+            f"use clip.model={twin}"
+        )
+    return pretrained
+
+
+def find_checkpoint(model: str, weights: str) -> Path:
+    """Return the file of `find_weights`'s answer; a published one is fetched on first use."""
+    published = open_clip.get_pretrained_cfg(model, weights)
+    return Path(download_pretrained(published) if published else weights)
+
+
+def find_preprocessing(model: str, weights: str) -> PreprocessCfg:
+    """Return how images are prepared: the size is the model's, the rest belongs to the weights."""
+    size = open_clip.get_model_config(model)["vision_cfg"].get("image_size", 224)
+    published = open_clip.get_pretrained_cfg(model, weights)
+    return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**published, "size": size}))
+
+
+def load_full_model(model: str, checkpoint: Path) -> Any:
+    """Return open_clip's model on the CPU, frozen."""
+    # Weights are random until they are read: whether images were, nobody's numbers tell
+    with torch.random.fork_rng(devices=[]):
+        network = open_clip.create_model(model, str(checkpoint))
+    return network.eval().requires_grad_(False)
+
+
+def load_text_model(model: str, checkpoint: Path) -> Any:
+    """Return open_clip's model on the CPU, frozen, without its image tower.
+
+    Of a .safetensors file only the text tower's part is read.
+    """
+    try:
+        network = _empty_text_model(model)
+        network.load_state_dict(_text_weights(checkpoint, custom=hasattr(network, "text")))
+        return network.eval().requires_grad_(False)
+    except Exception:
+        # open_clip knows more models and older files, and says best what is wrong with one
+        network = load_full_model(model, checkpoint)
+        del network.visual
+        return network
+
+
+def _empty_text_model(model: str) -> Any:
+    """Build the model as `open_clip.create_model` does, less its image tower."""
+    config = open_clip.get_model_config(model)
+    hugging_face = "hf_model_name" in config["text_cfg"]
+    if hugging_face:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    custom = config.pop("custom_text", False) or hugging_face
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    network = kind(**{**config, "vision_cfg": NO_TOWER})
+    del network.visual
+    return network
+
+
+def _text_weights(checkpoint: Path, custom: bool) -> dict[str, Tensor]:
+    if checkpoint.suffix == ".safetensors":
+        with safe_open(checkpoint, "pt") as file:
+            names = [name for name in file.keys() if not name.startswith(VISUAL)]  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in names}
+    else:
+        weights = load_state_dict(str(checkpoint))
+        weights = {n: tensor for n, tensor in weights.items() if not n.startswith(VISUAL)}
+    return convert_to_custom_text_state_dict(weights) if custom else weights
+
+
+@contextlib.contextmanager
+def weights_errors(model: str, pretrained: str) -> Iterator[None]:
+    """Turn what goes wrong with weights into one line."""
+    try:
+        yield
+    except Exception as error:
+        # open_clip, the hub client and the file readers each raise their own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"weights '{pretrained}' for {model} could not be loaded ({reason[:200]}); give a "
+            "local checkpoint with clip.pretrained=/path/to/file, or use the bundled "
+            "clip.model=mini clip.pretrained=mini"
+        ) from error
