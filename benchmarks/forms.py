@@ -10,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +27,10 @@ NAMES = Path(__file__).parent / "names"
 
 
 def random_clip(name: str, device: torch.device) -> FrozenClip:
-    """Return an open_clip model with random weights: speed does not depend on them."""
+    """Return an open_clip model with random weights: speed does not depend on them.
+
+    Its image tower is kept, for the reference.
+    """
     logging.disable(logging.WARNING)  # open_clip warns that no weights were loaded
     torch.manual_seed(0)
     open_clip.add_model_config(asset("clip"))  # the bundled mini
@@ -34,7 +38,7 @@ def random_clip(name: str, device: torch.device) -> FrozenClip:
     logging.disable(logging.NOTSET)
     network.eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(name)
-    return FrozenClip(name, network, tokenizer, torch.nn.Identity(), device)
+    return FrozenClip(name, network, tokenizer, PreprocessCfg(), device, Path())
 
 
 def classnames(count: int) -> tuple[str, ...]:
@@ -101,6 +105,7 @@ class Step:
         head: Any = method.build(clip, Task(self.names, ""))
         self.head = head
         self.ours: PromptEncoder = head.encoder
+        self.ours.memory = 0  # what is measured is encoding, not remembering
         self.given = Given(clip, classes, experts, self.ours.embed_dim)
         if experts:
             prompts = 0.02 * torch.randn(experts, self.n_ctx, self.ours.width)

@@ -70,7 +70,7 @@ class Packing:
 
     classes: Tensor  # (R, W) whose token this is
     places: Tensor  # (R, W) where in its prompt it stands
-    visible: Tensor  # (R, W, S + W) which keys a token sees: the prefix, its class's up to itself
+    own: Tensor  # (R, W, W) whom of its row a token sees: its class's tokens up to itself
     ends: Tensor  # (C,) where each class's last token is, counted through the rows
 
     def to(self, device: torch.device) -> "Packing":
@@ -111,8 +111,7 @@ def pack(ends: Sequence[int], size: int, width: int) -> Packing:
             at[c] = r * w + stop - 1
             start = stop
     own = (owner[:, :, None] == owner[:, None, :]).tril()
-    shared = own.new_ones(len(rows), w, size)
-    return Packing(classes, places, torch.cat([shared, own], dim=2), at)
+    return Packing(classes, places, own, at)
 
 
 def encode(text: Any, prefix: Tensor, suffix: Tensor, packing: Packing) -> Tensor:
@@ -142,34 +141,38 @@ def _block(
     """One residual block over the prefix and the packed tokens (P, S + R W, D)."""
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = qkv.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = _attend(q, k, v, size, packing.visible).transpose(1, 2).flatten(2)
+    prefix, suffix = (
+        # A copy whose heads come first, made once, so that products need none of their own
+        part.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        for part in qkv.split([size, x.shape[1] - size], dim=1)
+    )
+    mixed = _attend(prefix, suffix, packing.own).transpose(1, 2).flatten(2)
     x = x[:, keep] + block.ls_1(attn.out_proj(mixed[:, keep]))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, size: int, visible: Tensor) -> Tensor:
-    """Attention over (P, H, S + R W, D / H): causal in the prefix, then as packed."""
-    n_rows, n_places, _ = visible.shape
-    sizes = [size, n_rows * n_places]
-    (q0, q), (k0, k), (v0, v) = (torch.split(t, sizes, dim=2) for t in (q, k, v))
+def _attend(prefix: Tensor, suffix: Tensor, own: Tensor) -> Tensor:
+    """Attention (P, H, S + R W, D / H) from queries, keys and values of prefix and packed tokens.
+
+    `prefix` (3, P, H, S, D / H), `suffix` (3, P, H, R W, D / H). A packed token's keys are those of
+    the prefix and of its class: two products, so that no row holds a copy of the prefix.
+    """
+    (q0, k0, v0), (q, k, v) = prefix.unbind(), suffix.unbind()
 
     def rows(tokens: Tensor) -> Tensor:
-        return tokens.reshape(*tokens.shape[:2], n_rows, n_places, -1)
+        return tokens.unflatten(2, own.shape[:2])
 
-    def after(prefix: Tensor, tokens: Tensor) -> Tensor:
-        prefix = prefix.unsqueeze(2).expand(-1, -1, n_rows, -1, -1)
-        return torch.cat([prefix, rows(tokens)], dim=3)
+    causal = own.new_ones(q0.shape[2], q0.shape[2]).tril()
+    first = _weights((q0 @ k0.mT).masked_fill(~causal, -torch.inf), q) @ v0
+    among = (rows(q) @ rows(k).mT).masked_fill(~own, -torch.inf).flatten(2, 3)
+    weights = _weights(torch.cat([q @ k0.mT, among], dim=-1), q)
+    of_prefix, of_own = weights.split([k0.shape[2], own.shape[2]], dim=-1)
+    rest = of_prefix @ v0 + (rows(of_own) @ rows(v)).flatten(2, 3)
+    return torch.cat([first, rest], dim=2)
 
-    prefix = _mix(q0, k0, v0, visible.new_ones(size, size).tril())
-    suffix = _mix(rows(q), after(k0, k), after(v0, v), visible)
-    return torch.cat([prefix, suffix.flatten(2, 3)], dim=2)
 
-
-def _mix(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def _weights(products: Tensor, q: Tensor) -> Tensor:
     # Written out because the backward of fused kernels may add up in any order on a GPU, and a
     # repeated run must give the same bytes. At these sizes it is no slower.
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
     exact = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1, dtype=exact)
-    return torch.matmul(weights.to(v.dtype), v)
+    return (products * q.shape[-1] ** -0.5).softmax(dim=-1, dtype=exact).to(q.dtype)
