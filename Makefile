@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check settings clean
+.PHONY: run test check settings bench-pool clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
@@ -18,6 +18,9 @@ check: $(STAMP)
 
 settings: $(STAMP)
 	$(BIN)/python -m pfedmoap_flwr.config
+
+bench-pool: $(STAMP)
+	$(BIN)/python -m benchmarks.pool
 
 clean:
 	rm -rf .venv

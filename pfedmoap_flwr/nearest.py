@@ -10,6 +10,7 @@ Shapes: N pool, P clients that search, K neighbours, D numbers in a prompt, R pr
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -72,16 +73,16 @@ class _Rounded:
     def of(cls, points: Tensor, dtype: torch.dtype) -> "_Rounded":
         """Round float32 points, which are overwritten."""
         values = points.to(dtype)
-        parts = values.split(PARTIAL, 1)
-        lengths = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float32) for p in parts]
-        square = torch.stack(lengths).square().sum(0)
+        size = points.shape[1]
+        # .float() is faster than a norm of low precision
+        parts = values.float().unflatten(1, (-1, gcd(size, PARTIAL)))
+        square = torch.linalg.vector_norm(parts, dim=2).square_().sum(1)
         # Too long for sums in float32: nothing is known of it
         square[square > MAX_SQUARE] = torch.inf
         # What subtracting the centre rounded off, by which a result is wrong by 2^-24 of itself
         moved = square.sqrt() * 2.0**-22
         if dtype != torch.float32:
             moved += torch.linalg.vector_norm(points.sub_(values), dim=1)
-        size = points.shape[1]
         return cls(values, square, moved * (1 + EPSILON + size * 2.0**-23) + TINY * size**0.5)
 
     def distances(self, other: "_Rounded") -> tuple[Tensor, Tensor]:

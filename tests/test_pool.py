@@ -151,7 +151,9 @@ def test_random_does_not_look_at_the_prompts() -> None:
 # Many clients at once: the filter must change nothing but the time
 
 FILTERS = [None, torch.float32, torch.bfloat16]
-forced = hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+forced = hypothesis_settings(
+    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(params=FILTERS, ids=str)
