@@ -152,7 +152,7 @@ def test_random_does_not_look_at_the_prompts() -> None:
 
 FILTERS = [None, torch.float32, torch.bfloat16]
 forced = hypothesis_settings(
-    max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
