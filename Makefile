@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check settings bench-step clean
+.PHONY: run test check settings bench-step bench-round bench-pool clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
@@ -19,8 +19,8 @@ check: $(STAMP)
 settings: $(STAMP)
 	$(BIN)/python -m pfedmoap_flwr.config
 
-bench-step: $(STAMP)
-	$(BIN)/python -m benchmarks.step
+bench-step bench-round bench-pool: bench-%: $(STAMP)
+	$(BIN)/python -m benchmarks.$*
 
 clean:
 	rm -rf .venv

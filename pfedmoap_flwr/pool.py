@@ -1,37 +1,40 @@
-"""The server's prompt pool: which K experts a client borrows (pFedMoAP, Alg. 1)."""
+"""The server's prompt pool: which K experts each client borrows (pFedMoAP, Alg. 1)."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pfedmoap_flwr.nearest import nearest
 
 Selection = Literal["knn", "random", "farthest"]
 
 
 def select_experts(
     pool: Mapping[int, Tensor],
-    client: int,
+    clients: Sequence[int],
     num_experts: int,
     selection: Selection,
-    generator: torch.Generator,
-) -> list[int]:
-    """Return the clients whose prompts `client` borrows: K of them, or all others where fewer.
+    generator: Callable[[int], torch.Generator],
+) -> dict[int, list[int]]:
+    """Return the ids whose prompts each client borrows: K of them, or all others where fewer.
 
     knn: nearest to the client's own old entry by the l2 distance between prompts (Alg. 1: Q_i over
-    pool_{t-1}); farthest: the reverse; random: drawn by `generator`, uniformly, without repeats.
-    Nearest (farthest) first, ties broken by the lower client id. A client never gets itself.
+    pool_{t-1}); farthest: the reverse; random: drawn by `generator(client)`, uniformly, without
+    repeats. Nearest (farthest) first, ties broken by the lower id. A client never gets itself.
 
-    Raises KeyError where the client has no entry yet.
+    Raises KeyError where a client has no entry yet.
     """
-    own = pool[client].flatten().double()
-    others = sorted(other for other in pool if other != client)
-    if not others:
-        return []
-    if selection == "random":
-        order = torch.randperm(len(others), generator=generator)
-    else:
-        prompts = torch.stack([pool[other].flatten() for other in others]).double()
-        distances = (prompts - own).square().sum(dim=1)
-        order = distances.argsort(stable=True, descending=selection == "farthest")
-    return [others[i] for i in order[:num_experts].tolist()]
+    if selection != "random":
+        return nearest(pool, clients, num_experts, farthest=selection == "farthest")
+    ids = sorted(pool)
+    chosen = {}
+    for client in clients:
+        if client not in pool:
+            raise KeyError(client)
+        own = bisect_left(ids, client)
+        drawn = torch.randperm(len(ids) - 1, generator=generator(client))[:num_experts].tolist()
+        chosen[client] = [ids[i + (i >= own)] for i in drawn]
+    return chosen

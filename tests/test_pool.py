@@ -1,15 +1,18 @@
 """The server lends each client the right prompts: checked against slow, independent searches."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from pfedmoap_flwr import nearest
 from pfedmoap_flwr.pool import Selection, select_experts
 from pfedmoap_flwr.randomness import torch_generator
 
@@ -20,10 +23,16 @@ prompts = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
 pools = st.dictionaries(st.integers(0, 40), prompts, min_size=1, max_size=12)
 
 
+def generator_of(client: int) -> torch.Generator:
+    return torch_generator(0, client)
+
+
 def select(
     pool: dict[int, Tensor], client: int, num_experts: int, selection: Selection = "knn"
 ) -> list[int]:
-    return select_experts(pool, client, num_experts, selection, torch_generator(0, client))
+    chosen = select_experts(pool, [client], num_experts, selection, generator_of)
+    assert chosen.keys() == {client}
+    return chosen[client]
 
 
 def as_tensors(pool: dict[int, list[int]]) -> dict[int, Tensor]:
@@ -120,7 +129,7 @@ def test_random_is_a_function_of_its_generator_and_fair() -> None:
     pool = {client: torch.zeros(2, 2) for client in range(8)}
 
     def draw(*parts: int) -> list[int]:
-        return select_experts(pool, 3, 2, "random", torch_generator(*parts))
+        return select_experts(pool, [3], 2, "random", lambda client: torch_generator(*parts))[3]
 
     torch.manual_seed(0)
     once = [draw(0, number) for number in range(700)]
@@ -137,3 +146,197 @@ def test_random_does_not_look_at_the_prompts() -> None:
     near = {client: torch.full((2, 2), float(client)) for client in range(8)}
     far = {client: torch.full((2, 2), -float(client**2)) for client in range(8)}
     assert select(near, 3, 4, "random") == select(far, 3, 4, "random")
+
+
+# Many clients at once: the filter must change nothing but the time
+
+FILTERS = [None, torch.float32, torch.bfloat16]
+forced = hypothesis_settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=FILTERS, ids=str)
+def filtered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force what the filter computes in, and blocks of few prompts."""
+    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: request.param)
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 64)
+
+
+def brute_force(
+    pool: Mapping[int, Tensor], num_experts: int, selection: Selection
+) -> dict[int, list[int]]:
+    """All clients' experts in float64, one at a time."""
+    chosen = {}
+    for client in pool:
+        others = sorted(set(pool) - {client})
+        differences = [(pool[o].double() - pool[client].double()).flatten() for o in others]
+        squares = torch.stack(differences).square().sum(1) if others else torch.empty(0)
+        order = squares.argsort(stable=True, descending=selection == "farthest")
+        chosen[client] = [others[i] for i in order[:num_experts].tolist()]
+    return chosen
+
+
+def assert_exact(pool: Mapping[int, Tensor], num_experts: int) -> None:
+    for selection in ("knn", "farthest"):
+        chosen = select_experts(pool, list(pool), num_experts, selection, generator_of)
+        assert chosen == brute_force(pool, num_experts, selection)
+
+
+@pytest.mark.usefixtures("filtered")
+@forced
+@given(
+    pool=st.dictionaries(st.integers(0, 90), prompts, min_size=1, max_size=60),
+    num_experts=st.integers(0, 14),
+    unit=st.sampled_from([1.0, 2.0**-30, 2.0**-70, 2.0**-140, 2.0**62, 2.0**126]),
+    shift=st.sampled_from([0.0, 1.0, 1000.0]),
+)
+def test_ties_of_any_size_at_any_place(
+    pool: dict[int, list[int]], num_experts: int, unit: float, shift: float
+) -> None:
+    assert_exact({c: p * unit + shift for c, p in as_tensors(pool).items()}, num_experts)
+
+
+@pytest.mark.usefixtures("filtered")
+@pytest.mark.parametrize("shift", [0.0, 1.0, 300.0])
+@forced
+@given(seed=st.integers(0, 2**32), step=st.sampled_from([1e-7, 1e-5, 1e-3, 0.1]))
+def test_near_ties_below_the_resolution_of_the_filter(shift: float, seed: int, step: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(3, 2, 6, generator=generator) + shift
+    noise = torch.randn(45, 2, 6, generator=generator)
+    assert_exact({c: base[c % 3] * (1 + step * noise[c]) for c in range(45)}, 4)
+
+
+@pytest.mark.usefixtures("filtered")
+@pytest.mark.parametrize("num_clients", [2, 3, 5, 9, 10, 11, 15, 16, 17, 64])
+def test_the_borders_of_blocks(num_clients: int) -> None:
+    # Blocks of five prompts
+    generator = torch.Generator().manual_seed(num_clients)
+    ids = torch.randperm(1000, generator=generator)[:num_clients].tolist()
+    for num_experts in (1, 4, 5, 6, 63):
+        assert_exact({i: torch.randn(3, 4, generator=generator) for i in ids}, num_experts)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.03, 1.0])
+@pytest.mark.parametrize("farthest", [False, True])
+@pytest.mark.parametrize("dtype", FILTERS[1:], ids=str)
+def test_many_clients_equal_scikit_learn(
+    dtype: torch.dtype, farthest: bool, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one point, by narrow clusters, to none; the narrow ones overrun the filter."""
+    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: dtype)
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**15)
+    monkeypatch.setattr(nearest, "CROWD", 4)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 8, 64))
+    table = np.repeat(centres, 250, axis=0) + spread * rng.normal(size=(1000, 8, 64))
+    rows = torch.from_numpy(table.astype(np.float32))
+    flat = rows.flatten(1).double().numpy()
+    clients = list(range(0, 1000, 9))
+    found = nearest.nearest(dict(enumerate(rows)), clients, 9, farthest=farthest)
+    search = NearestNeighbors(n_neighbors=1000, algorithm="brute").fit(flat)
+    far, order = search.kneighbors(flat[clients])
+    for client, distances, ranked in zip(clients, far, order, strict=True):
+        distance = dict(zip(ranked.tolist(), distances.tolist(), strict=True))
+        others = sorted(distance.keys() - {client}, key=lambda i: (distance[i], i))
+        expected = others[-9:][::-1] if farthest else others[:9]
+        assert [distance[i] for i in found[client]] == pytest.approx(
+            [distance[i] for i in expected], rel=1e-12, abs=1e-5
+        )
+        if spread == 1.0:
+            assert found[client] == expected
+
+
+def test_random_for_many_equals_random_for_each() -> None:
+    pool = {client: torch.zeros(2) for client in range(3, 90, 3)}
+    clients = list(pool)[::2]
+    chosen = select_experts(pool, clients, 9, "random", generator_of)
+    assert chosen == {client: select(pool, client, 9, "random") for client in clients}
+    for client in clients:
+        others = sorted(set(pool) - {client})
+        order = torch.randperm(len(others), generator=generator_of(client))
+        assert chosen[client] == [others[i] for i in order[:9].tolist()]
+
+
+def test_clients_are_served_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "MAX_CLIENTS", 7)
+    generator = torch.Generator().manual_seed(0)
+    assert_exact({client: torch.randn(4, generator=generator) for client in range(30)}, 3)
+
+
+class LazyPool(Mapping[int, Tensor]):
+    """Counts how often each prompt is read."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.reads: Counter[int] = Counter()
+
+    def __getitem__(self, client: int) -> Tensor:
+        self.reads[client] += 1
+        return self.table[client]
+
+    def __contains__(self, client: object) -> bool:
+        return client in range(len(self.table))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.table)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def test_the_filter_reads_a_lazy_pool_once_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = LazyPool(torch.randn(3000, 16, 32, generator=generator))
+    clients = list(range(0, 3000, 100))
+    stacked = []
+    stack = torch.stack
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**16)
+    monkeypatch.setattr(
+        torch, "stack", lambda rows, **options: stacked.append(len(rows)) or stack(rows, **options)
+    )
+    found = nearest.nearest(pool, clients, 5)
+    monkeypatch.undo()
+    assert max(stacked) <= 128
+    # Once by the filter, and what survives again
+    assert pool.reads.total() < 2 * len(pool)
+    flat = pool.table.flatten(1).double()
+    for client in clients:
+        order = (flat - flat[client]).square().sum(1).argsort(stable=True)
+        assert found[client] == order[order != client][:5].tolist()
+
+
+@pytest.mark.parametrize("dtype", FILTERS, ids=str)
+def test_the_shortlist_stays_short_where_no_filter_helps(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    add = nearest._Shortlist.add
+
+    def watched(shortlist: nearest._Shortlist, *pairs: Tensor) -> None:
+        nonlocal longest
+        add(shortlist, *pairs)
+        longest = max(longest, len(shortlist.who))
+
+    monkeypatch.setattr(nearest._Shortlist, "add", watched)
+    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: dtype)
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**9)
+    # Less apart than either filter can see, and in the order that is worst for it
+    first, last = torch.full((4,), 0.1), torch.full((4,), 7.0)
+    drift = torch.tensor([0, 0, 0, 2.0**-26])
+    pool = {client: first + (1500 - client) * drift for client in range(1500)} | {1500: last}
+    clients = [0, 700, 1499, 1500]
+    expected = brute_force(pool, 2, "knn")
+    found = nearest.nearest(pool, clients, 2)
+    assert found == {client: expected[client] for client in clients}
+    # 384 of a crowd, twice before it is looked at, and a block
+    assert longest <= 2 * 32 * 3 * 4 + 4 * 128
+
+
+def test_every_client_must_have_a_prompt() -> None:
+    pool = {client: torch.zeros(2) for client in range(4)}
+    for selection in SELECTIONS:
+        with pytest.raises(KeyError):
+            select_experts(pool, [1, 9], 2, selection, generator_of)
+        assert select_experts(pool, [], 2, selection, generator_of) == {}

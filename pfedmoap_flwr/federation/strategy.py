@@ -1,6 +1,6 @@
 """The one Flower Strategy that runs every method: it asks the method what to send and how to merge.
 
-A round: sample clients by (seed, round) -> `method.send` per client, one Message each -> replies
+A round: sample clients by (seed, round) -> `method.deliveries`, one Message each -> replies
 checked and sorted by client -> `method.merge` -> evaluation of ALL clients -> record, checkpoint.
 """
 
@@ -68,8 +68,8 @@ class PromptStrategy(Strategy):
         self._begin(server_round)
         self._meet_new_nodes(grid)
         messages = {}
-        for client in self._sample(server_round):
-            tensors = self.method.send(self.server, client, train=True)
+        clients = self._sample(server_round)
+        for client, tensors in self.method.deliveries(self.server, clients, train=True):
             self.record.bytes_down[client] = records.num_bytes(tensors)
             messages[client] = self._message(client, server_round, MessageType.TRAIN, tensors)
         return self._expect(messages)
@@ -140,15 +140,11 @@ class PromptStrategy(Strategy):
         return sorted(rng.choice(clients, size=count, replace=False).tolist())
 
     def _evaluation_messages(self, server_round: int) -> list[Message]:
+        deliveries = self.method.deliveries(self.server, sorted(self.cards), train=False)
         return self._expect(
             {
-                client: self._message(
-                    client,
-                    server_round,
-                    MessageType.EVALUATE,
-                    self.method.send(self.server, client, train=False),
-                )
-                for client in sorted(self.cards)
+                client: self._message(client, server_round, MessageType.EVALUATE, tensors)
+                for client, tensors in deliveries
             }
         )
 

@@ -10,7 +10,7 @@ Shapes: B batch, C classes, M context tokens, D text width, d embedding width, K
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -198,6 +198,13 @@ class Method:
     def send(self, server: Server, client: int, *, train: bool) -> dict[str, Tensor]:
         """Return what goes down to one client, to train on or to evaluate."""
         return dict(server.shared)
+
+    def deliveries(
+        self, server: Server, clients: Sequence[int], *, train: bool
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield what goes down to each client of a round: override where all at once is faster."""
+        for client in clients:
+            yield client, self.send(server, client, train=train)
 
     def merge(self, server: Server, uploads: Mapping[int, Upload]) -> None:
         """Turn a round's uploads into the next server state: Eq. 6 and Eq. 7.

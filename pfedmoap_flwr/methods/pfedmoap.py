@@ -4,6 +4,7 @@ The server lends every client the K prompts of its pool that lie nearest to the 
 attention gate, which never leaves the client, mixes local and borrowed text features per image.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -152,20 +153,32 @@ class PFedMoAP(Method):
         return self.own.gate_lr if self.is_personal(name) else super().lr(name, epoch, epochs)
 
     def send(self, server: Server, client: int, *, train: bool) -> dict[str, Tensor]:
-        """Return P_g and, for a client with a pool entry, the experts (K, M, D) to train with.
+        """Return what `deliveries` yields for one client."""
+        return dict(self.deliveries(server, [client], train=train))[client]
+
+    def deliveries(
+        self, server: Server, clients: Sequence[int], *, train: bool
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield P_g and, for a client with a pool entry, the experts (K, M, D) to train with.
 
         The pool is the one of the start of the round: `merge` alone writes it, at the end.
         """
-        sent = super().send(server, client, train=train)
-        if train and client in server.pool:
-            prompts = {i: entry["ctx"] for i, entry in server.pool.items()}
-            generator = torch_generator(self.settings.seed, "experts", server.round + 1, client)
-            chosen = select_experts(
-                prompts, client, self.own.num_experts, self.own.selection, generator
-            )
-            empty = prompts[client].new_empty((0, *prompts[client].shape))
-            sent["experts"] = torch.stack([prompts[i] for i in chosen]) if chosen else empty
-        return sent
+        prompts = {i: entry["ctx"] for i, entry in server.pool.items()}
+        borrowers = [client for client in clients if train and client in prompts]
+        chosen = select_experts(
+            prompts,
+            borrowers,
+            self.own.num_experts,
+            self.own.selection,
+            lambda i: torch_generator(self.settings.seed, "experts", server.round + 1, i),
+        )
+        for client in clients:
+            sent = super().send(server, client, train=train)
+            if client in chosen:
+                experts = [prompts[i] for i in chosen[client]]
+                empty = prompts[client].new_empty((0, *prompts[client].shape))
+                sent["experts"] = torch.stack(experts) if experts else empty
+            yield client, sent
 
 
 def _linear(width: int, generator: torch.Generator) -> nn.Linear:

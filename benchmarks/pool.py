@@ -1,0 +1,155 @@
+"""What choosing K = 9 experts for 1,000 participants costs: time and memory by size of the pool.
+
+`python -m benchmarks.pool [--quick]`. Each cell has a process of its own. The baseline is what the
+project did before: the whole pool in float64 for every participant; it is timed for one of them and
+multiplied. Gaussian prompts are the worst case for a filter: all are about equally far apart.
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import in_fresh_process, peak_bytes, report
+from pfedmoap_flwr import nearest
+
+CPU = torch.device("cpu")
+TOKENS, EXPERTS = 16, 9
+# Pools above are not held in memory; the baseline needs seven times the pool
+MAX_POOL, MAX_BASELINE = 4 * 10**9, 10**9
+PARTS = {
+    "round": (nearest._Rounded, "of"),
+    "products": (nearest._Rounded, "distances"),
+    "compare": (nearest._Search, "_filter"),
+    "refine": (nearest._Search, "_refine"),
+}
+
+
+class Windows(Mapping[int, Tensor]):
+    """Prompts that overlap, shifted, in one Gaussian sequence: any number of them, no memory."""
+
+    def __init__(self, count: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.count, self.width = count, width
+        self.noise = torch.randn(TOKENS * (count + width), generator=generator)
+
+    def __getitem__(self, client: int) -> Tensor:
+        start = TOKENS * client
+        return self.noise[start : start + TOKENS * self.width].view(TOKENS, self.width)
+
+    def __contains__(self, client: object) -> bool:
+        return client in range(self.count)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def make_pool(count: int, width: int, data: str) -> Mapping[int, Tensor]:
+    """Return a pool of prompts (16, width): "gaussian", "clusters" of 100, or "windows"."""
+    if data == "windows":
+        return Windows(count, width)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.empty(count, TOKENS, width)
+    for part in table.split(2000):
+        part.normal_(generator=generator)
+    if data == "clusters":
+        for part in table.split(100):
+            part.mul_(0.1).add_(torch.randn(TOKENS, width, generator=generator))
+    return dict(enumerate(table))
+
+
+def baseline(pool: Mapping[int, Tensor], client: int) -> list[int]:
+    """Return one client's experts the way the project found them before."""
+    others = sorted(other for other in pool if other != client)
+    prompts = torch.stack([pool[other].flatten() for other in others]).double()
+    distances = (prompts - pool[client].flatten().double()).square().sum(dim=1)
+    return [others[i] for i in distances.argsort(stable=True)[:EXPERTS].tolist()]
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Add up the seconds in each part of the search; reading the pool is not among them."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)
+        def run(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    before = {name: vars(owner)[attribute] for name, (owner, attribute) in PARTS.items()}
+    for name, (owner, attribute) in PARTS.items():
+        work = timed(name, getattr(owner, attribute))
+        setattr(owner, attribute, staticmethod(work) if name == "round" else work)
+    yield spent
+    for name, (owner, attribute) in PARTS.items():
+        setattr(owner, attribute, before[name])
+
+
+def measure(count: int, width: int, data: str, participants: int) -> dict[str, Any]:
+    """Return one cell: seconds, gigabytes, seconds by part, and the baseline where it fits."""
+    pool = make_pool(count, width, data)
+    clients = list(range(0, count, count // participants))[:participants]
+    # Threads and matrix kernels are started before the clock is
+    nearest.nearest({i: pool[i] for i in clients}, clients[:100], EXPERTS)
+    found: dict[int, list[int]] = {}
+    with stopwatch() as spent:
+        start = time.perf_counter()
+        extra = peak_bytes(lambda: found.update(nearest.nearest(pool, clients, EXPERTS)), CPU)
+        took = time.perf_counter() - start
+    spent["compare"] -= spent["products"]
+    spent["read, rest"] = took - sum(spent.values())
+    size = 0 if data == "windows" else count * TOKENS * width * 4
+    cell: dict[str, Any] = {"N": count, "prompt": f"{TOKENS}x{width}", "data": data}
+    cell |= {"seconds": took, "pool_gb": size / 1e9, "extra_gb": extra / 1e9}
+    cell["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    cell["parts"] = {name: round(value, 2) for name, value in spent.items()}
+    if 0 < size <= MAX_BASELINE:
+        start = time.perf_counter()
+        assert baseline(pool, clients[0]) == found[clients[0]]
+        cell["before_s"] = (time.perf_counter() - start) * participants
+        cell["before"] = "one participant, multiplied"
+        cell["ratio"] = cell["before_s"] / took
+    return cell
+
+
+def main() -> None:
+    """Measure all cells and report them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small pools only")
+    quick = parser.parse_args().quick
+    sizes = (1000, 3000) if quick else (1000, 10_000, 100_000, 1_000_000)
+    participants = 100 if quick else 1000
+    jobs = []
+    for width in (128,) if quick else (128, 512):
+        for count in sizes:
+            fits = count * TOKENS * width * 4 <= MAX_POOL
+            jobs.append((count, width, "gaussian" if fits else "windows"))
+    jobs.append((sizes[1] if quick else sizes[2], 128, "clusters"))
+    cells = [in_fresh_process(measure, *job, participants) for job in jobs]
+    ratios = {}
+    for cell in cells:
+        if cell["N"] == 100_000 and cell["data"] == "gaussian":
+            ratios[f"seconds_1e5_{cell['prompt']}"] = cell["seconds"]
+            ratios[f"gb_1e5_{cell['prompt']}"] = cell["process_gb"]
+            if "ratio" in cell:
+                ratios["ratio_1e5"] = cell["ratio"]
+    report("pool", CPU, cells, **ratios)
+
+
+if __name__ == "__main__":
+    main()
