@@ -63,7 +63,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     _give_back_memory()
     before = psutil.Process().memory_info().rss
     work()
-    return max(0, _peak_resident() - before)
+    return max(0, peak_resident() - before)
 
 
 def _give_back_memory() -> None:
@@ -74,7 +74,7 @@ def _give_back_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says there includes the process that started this one

@@ -6,7 +6,6 @@ multiplied. Gaussian prompts are the worst case for a filter: all are about equa
 """
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import in_fresh_process, peak_bytes, report
+from benchmarks.common import in_fresh_process, peak_bytes, peak_resident, report, seconds
 from pfedmoap_flwr import nearest
 
 CPU = torch.device("cpu")
@@ -114,14 +113,13 @@ def measure(count: int, width: int, data: str, participants: int) -> dict[str, A
     spent["compare"] -= spent["products"]
     spent["read, rest"] = took - sum(spent.values())
     size = 0 if data == "windows" else count * TOKENS * width * 4
-    cell: dict[str, Any] = {"N": count, "prompt": f"{TOKENS}x{width}", "data": data}
+    cell: dict[str, Any] = {"cell": "pool", "N": count, "prompt": f"{TOKENS}x{width}", "data": data}
     cell |= {"seconds": took, "pool_gb": size / 1e9, "extra_gb": extra / 1e9}
-    cell["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    cell["process_gb"] = peak_resident() / 1e9
     cell["parts"] = {name: round(value, 2) for name, value in spent.items()}
     if 0 < size <= MAX_BASELINE:
-        start = time.perf_counter()
-        assert baseline(pool, clients[0]) == found[clients[0]]
-        cell["before_s"] = (time.perf_counter() - start) * participants
+        assert all(baseline(pool, client) == found[client] for client in clients[:2])
+        cell["before_s"] = participants * seconds(lambda: baseline(pool, clients[2]), CPU, 1)
         cell["before"] = "one participant, multiplied"
         cell["ratio"] = cell["before_s"] / took
     return cell

@@ -42,7 +42,12 @@ def main() -> None:
         of_engine: dict[str, dict[str, Any]] = {}
         for engine in options.engines:
             words = [*settings, f"data.num-clients={count}"]
-            of_engine[engine] = {"clients": count, "engine": engine, **_run(ENGINES[engine], words)}
+            of_engine[engine] = {
+                "cell": "round",
+                "clients": count,
+                "engine": engine,
+                **_run(ENGINES[engine], words),
+            }
             cells.append(of_engine[engine])
         if "ray" in of_engine:
             for engine, cell in of_engine.items():
