@@ -191,3 +191,25 @@ def test_the_tiny_images_are_found_first() -> None:
 def test_a_prompt_that_does_not_fit_names_the_class(tiny: FrozenClip) -> None:
     with pytest.raises(UsageError, match=r"clip\.model=tiny.*red panda"):
         tiny.encoder(("red panda",), 40, "end", False)
+
+
+def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
+    low = load_clip("tiny", "tiny", "cpu", "bfloat16")
+    names = ("red panda", "snow_owl")
+    ctx = (0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    target = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    features, gradients = [], []
+    for clip in (tiny, low):
+        features.append(clip.encoder(names, 4, "end", False)(ctx))
+        gradients.append(torch.autograd.grad((features[-1] * target).sum(), ctx)[0].flatten())
+    assert features[1].dtype == gradients[1].dtype == torch.float32
+    assert not torch.equal(*features)
+    torch.testing.assert_close(features[1], features[0], rtol=0, atol=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_one_model_serves_a_process() -> None:
+    same = [load_clip("tiny", "tiny", "cpu", precision) for precision in ("auto", "float32")]
+    if not torch.cuda.is_available():
+        same.append(load_clip("tiny", "tiny", "auto"))
+    assert {id(clip) for clip in same} == {id(load_clip("tiny", "tiny", "cpu"))}

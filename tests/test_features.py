@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.clip import features
+from pfedmoap_flwr.clip import features, load
 from pfedmoap_flwr.clip.features import read_images
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip
 from pfedmoap_flwr.clip.tokens import project_positions
@@ -225,7 +225,8 @@ def test_the_tower_is_freed_and_never_loaded_again(
     assert all(word in ended for word in ("5 images", "MB kept in", "free again"))
     monkeypatch.setattr("pfedmoap_flwr.clip.load.load_full_model", None)
     monkeypatch.setattr("pfedmoap_flwr.clip.weights.load_full_model", None)
-    fresh = load_clip.__wrapped__("tiny", "tiny", "cpu")
+    load._load.cache_clear()
+    fresh = load_clip("tiny", "tiny", "cpu")
     assert torch.equal(first, read_images(fresh, pictures(), "features"))
     assert len(towers) == 1
 

@@ -274,7 +274,7 @@ def test_the_loss_is_the_mean_over_all_images(batch_size: int, federate: Federat
     # Steps so small that the prompt stays where it starts
     run = federate(num_server_rounds=1, batch_size=batch_size, lr=1e-12)
     settings = config.parse(TINY)
-    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features")
+    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features", 0)
     parts = [node.splits(client)["train"] for client in range(NUM_CLIENTS)]
     features, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("features", "labels"))
     assert len({len(part) % 7 for part in parts}) > 1
@@ -308,7 +308,7 @@ def test_the_personal_model_is_what_the_last_training_left(
 ) -> None:
     run = federate(num_server_rounds=4, fraction_train=0.5, lr=0.02)
     settings = config.parse({**TINY, "lr": 0.02})
-    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features")
+    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features", 0)
     last: dict[int, dict[str, Tensor]] = {}
     for record in run.rounds()[1:]:
         last |= {c: watch.after[c, record.round] for c in record.bytes_up}

@@ -33,6 +33,9 @@ class ClipSettings:
     model: str = setting("mini", "an open_clip model name")
     pretrained: str = setting("mini", "bundled name, published tag, or path of a checkpoint")
     features_dtype: Literal["float32", "float16"] = setting("float32", "image features on disk")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of the text tower's products; auto: bfloat16 on CUDA, float32 on the CPU"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,7 @@ class FrozenClip:
     preprocessing: PreprocessCfg
     device: torch.device
     checkpoint: Path
+    precision: torch.dtype = torch.float32
 
     @functools.cached_property
     def logit_scale(self) -> float:
@@ -92,6 +96,7 @@ class FrozenClip:
                 n_ctx=n_ctx,
                 position=position,
                 class_specific=class_specific,
+                precision=self.precision,
             )
         except ValueError as error:
             raise UsageError(f"clip.model={self.name}: {error}") from error
@@ -135,17 +140,27 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@functools.lru_cache(maxsize=2)
-def load_clip(model: str, pretrained: str, device: str = "auto") -> FrozenClip:
+def load_clip(
+    model: str, pretrained: str, device: str = "auto", precision: str = "auto"
+) -> FrozenClip:
     """Load a model by open_clip's name; `pretrained` is a bundled name, a file, or a published tag.
+
+    One for all clients of a process: the same settings give the same object. `precision` is that
+    of ClipSettings.
 
     Raises UsageError where the model is unknown or its weights cannot be had.
     """
-    torch_device = resolve_device(device)
+    on = resolve_device(device)
+    low = precision == "bfloat16" or (precision == "auto" and on.type == "cuda")
+    return _load(model, pretrained, on, torch.bfloat16 if low else torch.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str, pretrained: str, device: torch.device, precision: torch.dtype) -> FrozenClip:
     weights = find_weights(model, pretrained)
     with weights_errors(model, pretrained):
         checkpoint = find_checkpoint(model, weights)
-        network = load_text_model(model, checkpoint).to(torch_device)
+        network = load_text_model(model, checkpoint).to(device)
         tokenizer = open_clip.get_tokenizer(model)
     preprocessing = find_preprocessing(model, weights)
-    return FrozenClip(model, network, tokenizer, preprocessing, torch_device, checkpoint)
+    return FrozenClip(model, network, tokenizer, preprocessing, device, checkpoint, precision)

@@ -38,6 +38,7 @@ class PromptEncoder:
         position: where the name stands: after the context ("end"), between its halves ("middle")
             or before it ("front"); "." and EOT come last.
         class_specific: one context per class instead of one for all.
+        precision: of the tower's products; features are float32 all the same.
 
     Raises:
         ValueError: an impossible setting, a name too long for the tower, or a tower that cannot
@@ -66,6 +67,7 @@ class PromptEncoder:
         n_ctx: int,
         position: Position = "end",
         class_specific: bool = False,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}
         if position not in before:
@@ -78,6 +80,7 @@ class PromptEncoder:
         self.n_ctx = n_ctx
         self.position = position
         self.class_specific = class_specific
+        self._precision = precision
 
         self._words = words = _Words(model, tokenizer)
         self.width: int = words.embedding.weight.shape[1]
@@ -169,6 +172,12 @@ class PromptEncoder:
 
     def _encode(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
         """Features (P, C, d), not normalised, from contexts (P, M, D) or (P, all classes, M, D)."""
+        low = self._precision != torch.float32
+        with torch.autocast(ctx.device.type, self._precision if low else None, enabled=low):
+            features = self._encode_as_it_is(ctx, prompts)
+        return features.float() if low else features
+
+    def _encode_as_it_is(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
         words, n_prompts = self._words, len(ctx)
         if not self.class_specific:
             # A copy for each class: if many tokens read one row, threads would add up its gradient
@@ -198,7 +207,8 @@ class PromptEncoder:
         ctx = words.embed(torch.full((*size, self.n_ctx), word))
         # Rounding differs with the order of summation; a wrong mask, position or projection turns
         # a feature by far more than this.
-        limit = 0.01 if torch.finfo(expected.dtype).eps < 1e-6 else 0.1
+        low = max(torch.finfo(expected.dtype).eps, torch.finfo(self._precision).eps) > 1e-6
+        limit = 0.1 if low else 0.01
 
         def agree() -> bool:
             features = F.normalize(self._encode(ctx, self._prompts(classes))[0], dim=-1)

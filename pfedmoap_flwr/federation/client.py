@@ -197,7 +197,7 @@ def _node(
 ) -> _Node:
     images = load_images(data.name)
     clients = partition(images, data, seed)
-    frozen = load_clip(clip.model, clip.pretrained, device)
+    frozen = load_clip(clip.model, clip.pretrained, device, clip.precision)
     features = {
         split: read_images(
             frozen, images.splits[split], reads, views * (split == "train"), clip.features_dtype

@@ -57,7 +57,10 @@ def _run(
             clients,
         )
     if server is None:
-        clip = load_clip(settings.clip.model, settings.clip.pretrained, "cpu")
+        # The one that clients of this process use; a server without a GPU serves clients with one
+        device = "cpu" if settings.device == "cpu" else "auto"
+        weights = settings.clip
+        clip = load_clip(weights.model, weights.pretrained, device, weights.precision)
         server = method.start(method.build(clip, cards[0].task))
     strategy = PromptStrategy(settings, method, server, cards, folder)
     strategy.start_all(grid)
