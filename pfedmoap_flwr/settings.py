@@ -23,11 +23,14 @@ def setting(
     low: float = -math.inf,
     high: float = math.inf,
     above: float = -math.inf,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field: default, one line of help, bounds low <= value <= high and value > above."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "above": above}
-    )
+    """Declare a field: default, one line of help, bounds low <= value <= high and value > above.
+
+    `choices` are for a text whose values are found, not written down; others have a Literal type.
+    """
+    bounds = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 def key_of(field_name: str) -> str:
@@ -48,7 +51,7 @@ def helps(cls: type, prefix: str = "") -> dict[str, str]:
     hints = get_type_hints(cls)
     lines = {}
     for field in dataclasses.fields(cls):
-        choices = _choices(hints[field.name])
+        choices = _choices(hints[field.name], field.metadata)
         text = field.metadata["help"]
         lines[prefix + key_of(field.name)] = f"{text}: {' | '.join(choices)}" if choices else text
     return lines
@@ -77,12 +80,12 @@ def reject_unknown(flat: Iterable[str], known: Iterable[str]) -> None:
             raise UsageError(f"unknown setting '{key}'; did you mean '{near[0]}'?")
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()
+def _choices(hint: Any, bounds: Mapping[str, Any]) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else bounds["choices"]
 
 
 def _checked(key: str, value: Value, hint: Any, bounds: Mapping[str, Any]) -> Value:
-    if choices := _choices(hint):
+    if choices := _choices(hint, bounds):
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
             raise UsageError(

@@ -1,92 +1,221 @@
-"""Partitions: nothing lost, nothing held twice, one distribution in all splits of a client."""
+"""What is promised of every partition, found by name, on even and on any other data."""
 
-from dataclasses import replace
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tables import even_table, table
 
+from pfedmoap_flwr import config
+from pfedmoap_flwr.data.cuts import CUTS, evenly, nearest
 from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
-from pfedmoap_flwr.data.partition import MIN_TEST, MIN_TRAIN, ClientRows, DataSettings, partition
+from pfedmoap_flwr.data.partition import (
+    MIN_TEST,
+    ClientRows,
+    DataSettings,
+    class_counts,
+    partition,
+)
 from pfedmoap_flwr.errors import UsageError
 
-PARTITIONS = ["dirichlet-domain", "pathological"]
-
-
-def many_images(classes: int = 8, domains: int = 3) -> ImageData:
-    """A data set of numbers only: 60, 20 and 20 images per class and domain."""
-    splits = {}
-    for split, count in zip(SPLITS, (60, 20, 20), strict=True):
-        label, domain = np.meshgrid(np.arange(classes), np.arange(domains))
-        rows = {
-            "label": np.repeat(label.ravel(), count).tolist(),
-            "domain": np.repeat(domain.ravel(), count).tolist(),
-        }
-        splits[split] = datasets.Dataset.from_dict(rows)
-    names = tuple(map(str, range(classes)))
-    return ImageData("numbers", names, names[:domains], "a {}.", splits)
-
-
-IMAGES = many_images()
+PARTITIONS = list(CUTS)
+BY_DOMAIN = {"dirichlet-domain", "natural"}  # whose shares are those of a class within a domain
+IMAGES = even_table()
 thoroughly = hypothesis_settings(deadline=None, max_examples=30)
-settings = st.builds(
-    DataSettings,
-    partition=st.sampled_from(PARTITIONS),
-    num_clients=st.sampled_from([3, 6]),
-    alpha=st.sampled_from([0.3, 1.0, 100.0]),
-)
+every_partition = pytest.mark.parametrize("name", PARTITIONS)
+alphas = st.sampled_from([0.3, 1.0, 100.0])
 
 
-@thoroughly
-@given(data=settings, seed=st.integers(0, 10**6))
-def test_each_image_lies_with_one_client(data: DataSettings, seed: int) -> None:
-    clients = partition(IMAGES, data, seed)
-    assert [c.client for c in clients] == list(range(data.num_clients))
+def settings_of(name: str, **changes: Any) -> DataSettings:
+    return replace(DataSettings(partition=name, num_clients=3), **changes)
+
+
+Case = tuple[ImageData, DataSettings]
+
+
+def cases(name: str) -> st.SearchStrategy[Case]:
+    """Any small table, unbalanced, with holes, and settings for it, possible or not."""
+
+    @st.composite
+    def case(draw: Callable[..., Any]) -> Case:
+        domains, classes = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+        counts = {}
+        for split, most in zip(SPLITS, (40, 6, 15), strict=True):
+            cell = st.lists(st.integers(0, most), min_size=classes, max_size=classes)
+            rows = draw(st.lists(cell, min_size=domains, max_size=domains))
+            counts[split] = np.array(rows)
+        clients = draw(st.integers(1, 12))
+        if name == "dirichlet-domain":
+            clients = domains * draw(st.integers(1, 4))
+        if name == "natural":
+            clients = domains
+        settings = DataSettings(
+            partition=name,
+            num_clients=clients,
+            min_examples=draw(st.integers(1, 5)),
+            alpha=draw(alphas),
+            fine_alpha=draw(alphas),
+            shards_per_client=draw(st.integers(1, 3)),
+        )
+        return table(counts), settings
+
+    return case()
+
+
+def cells(images: ImageData, data: DataSettings, split: str) -> np.ndarray:
+    """The number of each image's cell: all images of a cell have the same shares."""
+    label = images.column(split, "label")
+    if data.partition not in BY_DOMAIN:
+        return label
+    return images.column(split, "domain") * len(images.classnames) + label
+
+
+def assert_each_image_on_one_client(images: ImageData, clients: list[ClientRows]) -> None:
     for split in SPLITS:
         held = np.concatenate([c.rows[split] for c in clients])
-        assert sorted(held.tolist()) == list(range(len(IMAGES.splits[split])))
+        assert sorted(held.tolist()) == list(range(len(images.splits[split])))
 
 
-@thoroughly
-@given(data=settings, seed=st.integers(0, 10**6))
-def test_every_client_can_train_and_be_tested(data: DataSettings, seed: int) -> None:
-    for client in partition(IMAGES, data, seed):
-        assert len(client.rows["train"]) >= MIN_TRAIN
+def assert_enough(data: DataSettings, clients: list[ClientRows]) -> None:
+    assert [c.client for c in clients] == list(range(data.num_clients))
+    for client in clients:
+        assert len(client.rows["train"]) >= data.min_examples
         assert len(client.rows["test"]) >= MIN_TEST
 
 
-@thoroughly
-@given(data=settings, seed=st.integers(0, 10**6))
-def test_train_and_test_of_a_client_follow_one_distribution(data: DataSettings, seed: int) -> None:
-    for client in partition(IMAGES, data, seed):
-        shares = []
-        for split in SPLITS:
-            labels = IMAGES.column(split, "label")[client.rows[split]]
-            counts = np.bincount(labels, minlength=8)
-            # cutting whole images moves each class by at most one image
-            shares.append((counts, len(IMAGES.splits[split]) / (8 * 3)))
-        for counts, per_cell in shares[1:]:
-            train_counts, train_per_cell = shares[0]
-            domains = 1 if client.domain else 3
-            difference = train_counts / train_per_cell - counts / per_cell
-            assert np.abs(difference).max() <= domains * (1 / train_per_cell + 1 / per_cell)
+def assert_one_distribution(
+    images: ImageData, data: DataSettings, clients: list[ClientRows]
+) -> None:
+    """A client's part of a cell is its share of it, to within one image, in every split."""
+    of = {split: cells(images, data, split) for split in SPLITS}
+    count = 1 + max(int(numbers.max(initial=0)) for numbers in of.values())
+    whole = {split: np.bincount(of[split], minlength=count) for split in SPLITS}
+    for client in clients:
+        part = {s: np.bincount(of[s][client.rows[s]], minlength=count) for s in SPLITS}
+        for split in ("validation", "test"):
+            both = (whole["train"] > 0) & (whole[split] > 0)
+            train, other = whole["train"][both], whole[split][both]
+            off = np.abs(part["train"][both] / train - part[split][both] / other)
+            assert (off <= 1 / train + 1 / other + 1e-9).all()
 
 
+@every_partition
 @thoroughly
-@given(data=settings, seed=st.integers(0, 10**6))
-def test_the_seed_decides(data: DataSettings, seed: int) -> None:
+@given(draw=st.data(), seed=st.integers(0, 10**6))
+def test_the_promises_hold_on_any_data_or_it_is_said_what_to_change(
+    name: str, draw: st.DataObject, seed: int
+) -> None:
+    images, data = draw.draw(cases(name))
+    refusal = ""
+    try:
+        clients = partition(images, data, seed)
+    except UsageError as error:
+        refusal = str(error)
+    if refusal:
+        event("refused")
+        assert refusal.startswith("setting data.")
+        assert "data.min-examples=" in refusal or "data.num-clients=" in refusal
+        return
+    event("made")
+    assert_each_image_on_one_client(images, clients)
+    assert_enough(data, clients)
+    assert_one_distribution(images, data, clients)
+
+
+@every_partition
+@hypothesis_settings(deadline=None, max_examples=10)
+@given(alpha=alphas, shards=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_the_promises_hold_on_even_data(name: str, alpha: float, shards: int, seed: int) -> None:
+    data = settings_of(name, alpha=alpha, shards_per_client=shards)
+    clients = partition(IMAGES, data, seed)
+    assert_each_image_on_one_client(IMAGES, clients)
+    assert_enough(data, clients)
+    assert_one_distribution(IMAGES, data, clients)
+
+
+@every_partition
+def test_the_seed_decides(name: str) -> None:
     def rows(seed: int) -> list[list[int]]:
+        data = settings_of(name, num_clients=3 if name == "natural" else 6)
         return [c.rows["train"].tolist() for c in partition(IMAGES, data, seed)]
 
-    assert rows(seed) == rows(seed)
-    if data.partition == "dirichlet-domain" and data.num_clients == 6:
-        assert rows(seed) != rows(seed + 1)
+    assert rows(3) == rows(3)
+    if name != "natural":
+        assert rows(3) != rows(4)
 
 
-def test_a_dirichlet_client_has_one_domain() -> None:
+@every_partition
+def test_a_client_has_as_many_examples_as_asked_for(name: str) -> None:
+    data = settings_of(name, alpha=100.0, min_examples=350)
+    assert_enough(data, partition(IMAGES, data, 0))
+    with pytest.raises(UsageError, match=r"lower data\.min-examples=481"):
+        partition(IMAGES, replace(data, min_examples=481), 0)
+
+
+@every_partition
+def test_few_shot_keeps_so_many_of_each_class_for_training_alone(name: str) -> None:
+    before, kept = partition(IMAGES, settings_of(name), 0), {}
+    full = class_counts(IMAGES, before, "train")
+    for shots in (1, 2, 4, 8, 16):
+        kept[shots] = partition(IMAGES, settings_of(name, shots=shots), 0)
+        assert (class_counts(IMAGES, kept[shots], "train") == np.minimum(full, shots)).all()
+        for client, whole in zip(kept[shots], before, strict=True):
+            assert client.domain == whole.domain
+            assert client.rows["test"].tolist() == whole.rows["test"].tolist()
+    for fewer, more in ((1, 2), (2, 4), (4, 8), (8, 16)):
+        for client, larger in zip(kept[fewer], kept[more], strict=True):
+            assert set(client.rows["train"]) <= set(larger.rows["train"])
+
+
+def test_class_counts_are_clients_by_classes() -> None:
+    clients = partition(IMAGES, DataSettings(num_clients=6), 0)
+    counts = class_counts(IMAGES, clients, "test")
+    assert counts.shape == (6, 8)
+    assert counts.sum(axis=0).tolist() == [60] * 8
+    for client, row in zip(clients, counts, strict=True):
+        labels = IMAGES.column("test", "label")[client.rows["test"]].tolist()
+        assert [labels.count(c) for c in range(8)] == row.tolist()
+
+
+@pytest.mark.parametrize("whole", [nearest, evenly])
+@thoroughly
+@given(draw=st.data())
+def test_whole_numbers_are_less_than_one_image_off(whole: Any, draw: st.DataObject) -> None:
+    classes, clients = draw.draw(st.integers(1, 6)), draw.draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw.draw(st.integers(0, 10**6)))
+    shares = rng.dirichlet([draw.draw(alphas)] * clients, size=classes)
+    sizes = rng.integers(0, 30, classes)
+    counts = whole(shares, sizes)
+    assert counts.sum(axis=1).tolist() == sizes.tolist()
+    assert (counts >= 0).all()
+    assert (np.abs(counts - shares * sizes[:, None]) <= 1 + 1e-9).all()
+
+
+# Each in its own way
+
+
+@thoroughly
+@given(draw=st.data())
+def test_iid_clients_are_alike_to_within_an_image(draw: st.DataObject) -> None:
+    images, data = draw.draw(cases("iid"))
+    data = replace(data, min_examples=1)
+    many = all(len(images.splits[s]) >= MIN_TEST * data.num_clients for s in ("train", "test"))
+    if not many:
+        return
+    clients = partition(images, data, 0)
+    for split in SPLITS:
+        counts = class_counts(images, clients, split)
+        assert np.ptp(counts, axis=0).max() <= 1
+        assert np.ptp(counts.sum(axis=1)) <= 1
+
+
+def test_a_dirichlet_domain_client_has_one_domain() -> None:
     clients = partition(IMAGES, DataSettings(num_clients=6), 0)
     assert [c.domain for c in clients] == ["0", "0", "1", "1", "2", "2"]
     for client in clients:
@@ -95,56 +224,120 @@ def test_a_dirichlet_client_has_one_domain() -> None:
             assert {str(d) for d in domains.tolist()} == {client.domain}
 
 
-def test_a_small_alpha_is_more_skewed() -> None:
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet-domain", "pachinko"])
+def test_a_small_alpha_is_more_skewed(name: str) -> None:
     def skew(alpha: float) -> float:
-        clients = partition(IMAGES, DataSettings(num_clients=6, alpha=alpha), 0)
-        return float(np.mean([_largest_share(c) for c in clients]))
+        data = settings_of(name, num_clients=6, alpha=alpha)
+        counts = class_counts(IMAGES, partition(IMAGES, data, 0), "train")
+        return float((counts.max(axis=1) / counts.sum(axis=1)).mean())
 
     assert skew(0.3) > 1.3 * skew(100.0)
 
 
-def _largest_share(client: ClientRows) -> float:
-    counts = np.bincount(IMAGES.column("train", "label")[client.rows["train"]])
-    return float(counts.max() / counts.sum())
+def test_dirichlet_of_one_domain_is_dirichlet_domain() -> None:
+    images = even_table(domains=1)
+    one, other = (partition(images, settings_of(n), 5) for n in ("dirichlet", "dirichlet-domain"))
+    assert [c.domain for c in one] == ["0"] * 3
+    for split in SPLITS:
+        for a, b in zip(one, other, strict=True):
+            assert a.rows[split].tolist() == b.rows[split].tolist()
 
 
 def test_pathological_clients_share_no_class() -> None:
-    clients = partition(IMAGES, DataSettings(partition="pathological", num_clients=3), 0)
-    classes = [set(IMAGES.column("train", "label")[c.rows["train"]].tolist()) for c in clients]
-    assert sorted(len(c) for c in classes) == [2, 3, 3]
-    assert set.union(*classes) == set(range(8))
-    for client, held in zip(clients, classes, strict=True):
-        assert set(IMAGES.column("test", "label")[client.rows["test"]].tolist()) == held
+    clients = partition(IMAGES, settings_of("pathological"), 0)
+    held = class_counts(IMAGES, clients, "train") > 0
+    assert sorted(held.sum(axis=1).tolist()) == [2, 3, 3]
+    assert held.sum(axis=0).tolist() == [1] * 8
+    assert ((class_counts(IMAGES, clients, "test") > 0) == held).all()
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
-def test_few_shot_keeps_so_many_of_each_class_for_training_alone(name: str) -> None:
-    whole = DataSettings(partition=name, num_clients=3)  # type: ignore[arg-type]
-    for before, after in zip(
-        partition(IMAGES, whole, 0), partition(IMAGES, replace(whole, shots=4), 0), strict=True
-    ):
-        assert set(after.rows["train"]) <= set(before.rows["train"])
-        full = np.bincount(IMAGES.column("train", "label")[before.rows["train"]], minlength=8)
-        kept = np.bincount(IMAGES.column("train", "label")[after.rows["train"]], minlength=8)
-        assert kept.tolist() == np.minimum(full, 4).tolist()
-        assert after.rows["test"].tolist() == before.rows["test"].tolist()
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_hold_few_classes_and_as_many_images_each(shards: int) -> None:
+    data = settings_of("shards", num_clients=8, shards_per_client=shards)
+    counts = class_counts(IMAGES, partition(IMAGES, data, 0), "train")
+    # Eight classes of equal size: a shard lies within one
+    assert (counts > 0).sum(axis=1).max() <= shards
+    assert counts.sum(axis=1).tolist() == [180] * 8
+
+
+def test_a_shard_goes_over_the_border_between_two_classes() -> None:
+    counts = {"train": np.array([[30, 90]]), "validation": np.array([[1, 3]])}
+    images = table({**counts, "test": np.array([[20, 20]])})
+    data = settings_of("shards", num_clients=2, shards_per_client=1)
+    clients = partition(images, data, 0)
+    train = class_counts(images, clients, "train").tolist()
+    # A third of the second class lies in the first shard, in training as in test
+    assert sorted(train) == [[0, 60], [30, 30]]
+    test = class_counts(images, clients, "test").tolist()
+    assert sorted(test) in ([[0, 13], [20, 7]], [[0, 14], [20, 6]])
+
+
+def test_a_natural_client_is_a_value_of_the_column() -> None:
+    assert [c.domain for c in partition(IMAGES, settings_of("natural"), 0)] == ["0", "1", "2"]
+    clients = partition(IMAGES, settings_of("natural", id_column="writer"), 0)
+    for client, writer in zip(clients, ("ann", "bob", "eve"), strict=True):
+        assert client.domain == ""
+        for split in SPLITS:
+            assert set(IMAGES.splits[split][client.rows[split]]["writer"]) == {writer}
+
+
+def test_pachinko_clients_prefer_whole_coarse_classes() -> None:
+    data = settings_of("pachinko", num_clients=6, alpha=0.1, fine_alpha=1000.0)
+    counts = class_counts(IMAGES, partition(IMAGES, data, 0), "train")
+    first, second = counts[0, 0::2], counts[0, 1::2]
+    held = first + second > 40
+    assert 1 <= held.sum() < 4
+    # Both fine classes of a coarse one alike
+    assert (np.abs(first - second)[held] < 0.5 * (first + second)[held]).all()
+
+
+def test_pachinko_clients_have_as_many_images_each() -> None:
+    data = settings_of("pachinko", num_clients=7, alpha=0.05)
+    clients = partition(IMAGES, data, 0)
+    sizes = [sum(len(c.rows[s]) for s in SPLITS) for c in clients]
+    # 2,400 images by 7; each class is cut in three splits, each to within one image
+    assert max(abs(size - 2400 / 7) for size in sizes) <= 3 * 8
+
+
+def test_pachinko_goes_on_where_nothing_that_a_client_likes_is_left() -> None:
+    images = table({s: np.array([[n, n, n, n]]) for s, n in zip(SPLITS, (40, 4, 12), strict=True)})
+    data = settings_of("pachinko", num_clients=4, alpha=1e-4, fine_alpha=1e-4)
+    assert_each_image_on_one_client(images, partition(images, data, 0))
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("changes", "words"),
     [
-        (DataSettings(num_clients=4), ["data.num-clients=4", "multiple of the 3 domains"]),
-        (DataSettings(num_clients=150, alpha=0.01), ["data.alpha=0.01", "larger alpha"]),
-        (
-            DataSettings(partition="pathological", num_clients=9),
-            ["data.num-clients=9", "numbers has 8"],
-        ),
+        ({"num_clients": 4}, ["data.num-clients=4", "multiple of the 3 domains"]),
+        ({"num_clients": 30, "alpha": 0.01}, ["domain 0", "of 1000", "change data.alpha=0.01"]),
+        ({"num_clients": 150}, ["lower data.num-clients=150", "480 and 160"]),
+        ({"partition": "iid", "num_clients": 500}, ["lower data.num-clients=500"]),
+        ({"partition": "pathological", "num_clients": 9}, ["clients=9", "numbers has 8"]),
+        ({"partition": "natural"}, ["set data.num-clients=3"]),
+        ({"partition": "natural", "id_column": "x"}, ["data.id-column='x'", "writer"]),
+        ({"partition": "pachinko", "coarse_column": "x"}, ["data.coarse-column='x'", "it has"]),
+        ({"partition": "pachinko", "coarse_column": "writer"}, ["'writer'", "more than one"]),
     ],
 )
-def test_an_impossible_partition_is_named(data: DataSettings, words: list[str]) -> None:
+def test_an_impossible_partition_is_named(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as raised:
-        partition(IMAGES, data, 0)
-    assert all(word in str(raised.value) for word in words)
+        partition(IMAGES, replace(DataSettings(), **changes), 0)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_an_unknown_partition_is_named_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"data\.partition='shard'.*'shards'"):
+        config.parse({"data.partition": "shard"})
+    assert set(PARTITIONS) <= set(config.known_keys()["data.partition"].split(": ")[1].split(" | "))
+
+
+def test_what_a_partition_reads_is_a_setting() -> None:
+    known = {field.name for field in fields(DataSettings)}
+    for function in CUTS.values():
+        images, clients, *own = inspect.signature(function).parameters.values()
+        assert (images.name, clients.name) == ("images", "clients")
+        assert {p.name for p in own} <= known
+        assert {p.kind for p in own} <= {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_an_unknown_data_set_is_named() -> None:

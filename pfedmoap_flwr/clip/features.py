@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -23,6 +22,7 @@ from torchvision import transforms
 from pfedmoap_flwr.clip.cache import cache_folder, kept
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.tokens import project_positions
+from pfedmoap_flwr.data.images import image_digests
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import derive_seed
 
@@ -82,11 +82,8 @@ def read_images(
 def _digest(images: datasets.Dataset) -> str:
     """Hash the encoded bytes of all images, in their order."""
     digest = hashlib.sha256()
-    encoded = images.cast_column("image", datasets.Image(decode=False)).with_format(None)
-    for batch in encoded.iter(batch_size=1000):
-        for image in batch["image"]:
-            content = image["bytes"] or Path(image["path"]).read_bytes()
-            digest.update(hashlib.sha256(content).digest())
+    for image in image_digests(images):
+        digest.update(image)
     return digest.hexdigest()
 
 

@@ -1,8 +1,12 @@
 """The data sets, as labelled images in train, validation and test splits."""
 
 import functools
-from collections.abc import Mapping
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +16,7 @@ from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.errors import UsageError
 
 SPLITS = ("train", "validation", "test")
+logger = logging.getLogger("flwr.pfedmoap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +48,36 @@ def load_images(name: str) -> ImageData:
         split: datasets.Dataset(pq.read_table(asset(f"{name}/{split}.parquet"))) for split in SPLITS
     }
     features = splits["train"].features
-    return ImageData(
+    images = ImageData(
         name=name,
         classnames=tuple(features["label"].names),
         domains=tuple(features["domain"].names),
         template="a drawing of {}.",
         splits=splits,
     )
+    for (first, second), count in duplicates(images).items():
+        logger.warning("%s: %s images that are %s images too: %d", name, second, first, count)
+    return images
+
+
+def image_digests(images: datasets.Dataset) -> Iterator[bytes]:
+    """Yield the SHA-256 of each image's encoded bytes, in their order; nothing is decoded."""
+    encoded = images.cast_column("image", datasets.Image(decode=False)).with_format(None)
+    for batch in encoded.iter(batch_size=1000):
+        for image in batch["image"]:
+            content = image["bytes"] or Path(image["path"]).read_bytes()
+            yield hashlib.sha256(content).digest()
+
+
+def duplicates(images: ImageData) -> dict[tuple[str, str], int]:
+    """Return {(split, other): how many images of `other` are in `split` too}, where there are any.
+
+    Two images are one where their encoded bytes are; the same picture encoded twice is not seen.
+    """
+    digests = {split: list(image_digests(images.splits[split])) for split in SPLITS}
+    found = {
+        (split, other): sum(digest in seen for digest in digests[other])
+        for split, other in itertools.combinations(SPLITS, 2)
+        for seen in [set(digests[split])]
+    }
+    return {pair: count for pair, count in found.items() if count}

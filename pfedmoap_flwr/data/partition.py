@@ -1,14 +1,19 @@
 """Partitions: which client holds which images, the same way in train, validation and test."""
 
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from pfedmoap_flwr.data.cuts import CUTS, Part, class_sizes
 from pfedmoap_flwr.data.images import SPLITS, ImageData
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
-from pfedmoap_flwr.settings import setting
+from pfedmoap_flwr.settings import Value, key_of, setting
 
 
 @dataclass(frozen=True)
@@ -19,15 +24,24 @@ class DataSettings:
     template: str = setting(
         "", "zero-shot sentence with {} for the class; empty: the data set's own"
     )
-    partition: Literal["dirichlet-domain", "pathological"] = setting(
-        "dirichlet-domain", "how images go to clients"
-    )
+    partition: str = setting("dirichlet-domain", "how images go to clients", choices=tuple(CUTS))
     num_clients: int = setting(20, "clients N", low=1)
-    alpha: float = setting(0.3, "Dirichlet concentration; small is skewed", above=0)
+    min_examples: int = setting(10, "training images that every client has at least", low=1)
     shots: int = setting(0, "training images per class and client; 0: all", low=0)
+    alpha: float = setting(
+        0.3,
+        "Dirichlet concentration (dirichlet*, pachinko's coarse classes); small is skewed",
+        above=0,
+    )
+    fine_alpha: float = setting(
+        10.0, "pachinko: concentration over the fine classes of a coarse one", above=0
+    )
+    coarse_column: str = setting("coarse_label", "pachinko: column with the coarse class")
+    shards_per_client: int = setting(2, "shards: how many a client is dealt", low=1)
+    id_column: str = setting("domain", "natural: column whose values are the clients")
 
 
-MIN_TRAIN, MIN_TEST = 10, 2
+MIN_TEST = 2
 ATTEMPTS = 1000
 
 
@@ -41,82 +55,128 @@ class ClientRows:
 
 
 def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRows]:
-    """Return every client's rows, a function of the settings and the seed alone.
+    """Return every client's rows, in order, a function of the settings and the seed alone.
+
+    Each image lies with one client (of the training images, `data.shots` may leave some out). Every
+    client has `data.min-examples` training images before `data.shots`, and 2 test images.
 
     Raises UsageError where the numbers do not allow it.
     """
-    makers = {"dirichlet-domain": _dirichlet_domain, "pathological": _pathological}
-    clients = makers[data.partition](images, data, seed)
+    own = {name: getattr(data, name) for name in _own_settings(data)}
+    parts = CUTS[data.partition](images, data.num_clients, **own)
+    pieces = [
+        rows
+        for number, part in enumerate(parts)
+        for rows in _share_out(images, part, data, (seed, "partition", number))
+    ]
+    clients = [ClientRows(k, _domain(images, rows), rows) for k, rows in enumerate(pieces)]
     return [_few_shot(images, c, data.shots, seed) if data.shots else c for c in clients]
 
 
-def _dirichlet_domain(images: ImageData, data: DataSettings, seed: int) -> list[ClientRows]:
-    """Within each domain, class c goes to that domain's clients in proportions p_c ~ Dir(alpha).
+def class_counts(images: ImageData, clients: Sequence[ClientRows], split: str) -> np.ndarray:
+    """Return how many images of each class every client has in a split: (clients, C)."""
+    return np.array([_counts(images, split, client.rows[split]) for client in clients])
 
-    The same p_c cuts train, validation and test, so a client's splits follow one distribution.
+
+def manifest(
+    images: ImageData, data: DataSettings, seed: int, clients: Sequence[ClientRows]
+) -> dict[str, Any]:
+    """Return all there is to say about a partition, for JSON, with a SHA-256 of the rest.
+
+    The digest is that of `json.dumps(rest, sort_keys=True)`.
     """
-    per_domain, rest = divmod(data.num_clients, len(images.domains))
-    if rest or not per_domain:
-        raise UsageError(
-            f"setting data.num-clients={data.num_clients}: with data.partition=dirichlet-domain it "
-            f"must be a multiple of the {len(images.domains)} domains of {images.name}"
-        )
-    clients: list[ClientRows] = []
-    for domain, domain_name in enumerate(images.domains):
-        parts = _dirichlet(images, domain, per_domain, data.alpha, seed)
-        clients += [ClientRows(len(clients) + k, domain_name, rows) for k, rows in enumerate(parts)]
-    return clients
+    shared = ("name", "partition", "num_clients", "min_examples", "shots")
+    settings: dict[str, Value] = {
+        f"data.{key_of(name)}": getattr(data, name) for name in (*shared, *_own_settings(data))
+    }
+    said: dict[str, Any] = {
+        "settings": {**settings, "seed": seed},
+        "images": {split: len(images.splits[split]) for split in SPLITS},
+        "classnames": list(images.classnames),
+        "clients": [
+            {
+                "client": client.client,
+                "domain": client.domain,
+                "rows": {s: rows.tolist() for s, rows in client.rows.items()},
+                "classes": {s: _counts(images, s, r).tolist() for s, r in client.rows.items()},
+            }
+            for client in clients
+        ],
+    }
+    return {**said, "sha256": digest(said)}
 
 
-def _dirichlet(
-    images: ImageData, domain: int, clients: int, alpha: float, seed: int
+def digest(said: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, whether or not that is in it already."""
+    rest = {key: value for key, value in said.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _own_settings(data: DataSettings) -> list[str]:
+    """Return the fields that the chosen way to cut reads: its keyword-only parameters."""
+    parameters = inspect.signature(CUTS[data.partition]).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _share_out(
+    images: ImageData, part: Part, data: DataSettings, seed: tuple[int | str, ...]
 ) -> list[dict[str, np.ndarray]]:
-    """Draw until every client of the domain has enough images to train and to test on."""
-    for attempt in range(ATTEMPTS):
-        rng = numpy_generator(seed, "partition", domain, attempt)
-        shares = rng.dirichlet([alpha] * clients, size=len(images.classnames))
-        cuts = np.cumsum(shares, axis=1)[:, :-1]
-        parts: list[dict[str, np.ndarray]] = [{} for _ in range(clients)]
-        for split in SPLITS:
-            label, of_domain = images.column(split, "label"), images.column(split, "domain")
-            pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
-            for c in range(len(images.classnames)):
-                rows = rng.permutation(np.flatnonzero((label == c) & (of_domain == domain)))
-                bounds = np.floor(cuts[c] * len(rows) + 0.5).astype(int)
-                for piece, chunk in zip(pieces, np.split(rows, bounds), strict=True):
-                    piece.append(chunk)
-            for part, piece in zip(parts, pieces, strict=True):
-                part[split] = np.sort(np.concatenate(piece))
-        if all(len(p["train"]) >= MIN_TRAIN and len(p["test"]) >= MIN_TEST for p in parts):
-            return parts
+    """Draw until every client of the part has enough images to train and to test on."""
+    members = {split: part.members[split] if part.members else None for split in SPLITS}
+    sizes = {split: class_sizes(images, split, members[split]) for split in SPLITS}
+    least = {"train": data.min_examples, "test": MIN_TEST}
+    # Where there are too few images in all, no draw would do
+    possible = all(sizes[s].sum() >= part.clients * n for s, n in least.items())
+    for attempt in range(ATTEMPTS if possible else 0):
+        rng = numpy_generator(*seed, attempt)
+        shares = part.draw(rng)
+        counts = {split: part.whole(shares, sizes[split]) for split in SPLITS}
+        if all(counts[s].sum(axis=0).min() >= n for s, n in least.items()):
+            dealt = {s: _deal(images, s, members[s], counts[s], rng) for s in SPLITS}
+            return [{s: dealt[s][k] for s in SPLITS} for k in range(part.clients)]
+    remedies = [f"lower data.min-examples={data.min_examples}"]
+    remedies += [f"lower data.num-clients={data.num_clients}"] * (part.clients > 1)
+    remedies += [f"change data.{key_of(n)}={getattr(data, n)}" for n in _own_settings(data)]
     raise UsageError(
-        f"setting data.alpha={alpha}: no draw of {ATTEMPTS} gave each of {clients} clients of a "
-        f"domain {MIN_TRAIN} training and {MIN_TEST} test images; use a larger alpha or fewer "
-        "clients"
+        f"setting data.partition={data.partition!r}: no draw{f' of {ATTEMPTS}' * possible} gives "
+        f"each of {part.clients} clients{part.name} {data.min_examples} training and {MIN_TEST} "
+        f"test images of the {sizes['train'].sum()} and {sizes['test'].sum()} there are; "
+        + " or ".join(remedies)
     )
 
 
-def _pathological(images: ImageData, data: DataSettings, seed: int) -> list[ClientRows]:
-    """Deal the classes out in disjoint, even groups, one group a client (McMahan et al. 2017)."""
-    if data.num_clients > len(images.classnames):
-        raise UsageError(
-            f"setting data.num-clients={data.num_clients}: with data.partition=pathological each "
-            f"client needs a class of its own; {images.name} has {len(images.classnames)}"
-        )
-    order = numpy_generator(seed, "partition").permutation(len(images.classnames))
-    groups = np.array_split(order, data.num_clients)
-    return [
-        ClientRows(
-            client,
-            images.domains[0] if len(images.domains) == 1 else "",
-            {s: np.flatnonzero(np.isin(images.column(s, "label"), group)) for s in SPLITS},
-        )
-        for client, group in enumerate(groups)
-    ]
+def _deal(
+    images: ImageData,
+    split: str,
+    members: np.ndarray | None,
+    counts: np.ndarray,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Return for each client the rows of a split that make up its counts (C, N), at random."""
+    labels = images.column(split, "label")
+    pieces: list[list[np.ndarray]] = [[] for _ in range(counts.shape[1])]
+    for c, of_class in enumerate(counts):
+        chosen = labels == c if members is None else (labels == c) & members
+        rows = rng.permutation(np.flatnonzero(chosen))
+        for piece, chunk in zip(pieces, np.split(rows, np.cumsum(of_class)[:-1]), strict=True):
+            piece.append(chunk)
+    return [np.sort(np.concatenate(piece)) for piece in pieces]
+
+
+def _domain(images: ImageData, rows: dict[str, np.ndarray]) -> str:
+    numbers = np.unique(np.concatenate([images.column(s, "domain")[rows[s]] for s in SPLITS]))
+    return images.domains[numbers[0]] if len(numbers) == 1 else ""
+
+
+def _counts(images: ImageData, split: str, rows: np.ndarray) -> np.ndarray:
+    return np.bincount(images.column(split, "label")[rows], minlength=len(images.classnames))
 
 
 def _few_shot(images: ImageData, client: ClientRows, shots: int, seed: int) -> ClientRows:
-    """Keep `shots` training images per class of the client, or all where it has fewer."""
+    """Keep `shots` training images per class of the client, or all where it has fewer.
+
+    Fewer shots are a part of more.
+    """
     rows = client.rows["train"]
     labels = images.column("train", "label")[rows]
     rng = numpy_generator(seed, "shots", client.client)

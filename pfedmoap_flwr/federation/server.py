@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.images import load_images
+from pfedmoap_flwr.data.partition import manifest, partition
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import checkpoint
 from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce, wait_for_nodes
@@ -45,6 +47,7 @@ def _run(
     nodes = sorted(grid.get_node_ids())
     cards = introduce(grid, nodes, folder.path.name, settings.node_timeout)
     check_agreement({}, cards)
+    _save_partition(settings, cards, folder)
     if len(cards) < clients:
         logger.warning(
             "%d of %d clients are connected; a simulation of all is started with "
@@ -62,6 +65,19 @@ def _run(
     strategy = PromptStrategy(settings, method, server, cards, folder)
     strategy.start_all(grid)
     folder.finish(settings, [_row(card) for card in cards])
+
+
+def _save_partition(settings: Settings, cards: list[Card], folder: RunFolder) -> None:
+    """Write down who holds what, if this machine can tell: nodes may have images of their own."""
+    try:
+        images = load_images(settings.data.name)
+        clients = partition(images, settings.data, settings.seed)
+    except UsageError as error:
+        logger.info("no partition.json: %s", error)
+        return
+    held = {c.client: (c.domain, {s: len(rows) for s, rows in c.rows.items()}) for c in clients}
+    if all(held.get(card.client) == (card.domain, card.sizes) for card in cards):
+        folder.save_partition(manifest(images, settings.data, settings.seed, clients))
 
 
 def _row(card: Card) -> dict[str, int | str]:

@@ -1,4 +1,4 @@
-"""The run folder: settings, environment, rounds.jsonl, clients.csv, summary.json, checkpoint."""
+"""The run folder: settings, environment, partition, rounds, clients, summary, checkpoint."""
 
 import csv
 import json
@@ -84,6 +84,10 @@ class RunFolder:
         kept = [r for r in folder.rounds() if r.round <= completed]
         folder._write("rounds.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in kept))
         return folder
+
+    def save_partition(self, manifest: dict[str, Any]) -> None:
+        """Write partition.json: which client holds which images."""
+        self._write("partition.json", json.dumps(manifest))
 
     def append_round(self, record: RoundRecord) -> None:
         """Add a line to rounds.jsonl."""
