@@ -113,7 +113,7 @@ def make_plan(words: dict[str, Value]) -> Plan:
         "state-dir": str(run_dir / "clients"),
         "min-nodes": settings.data.num_clients,
     }
-    partition(load_images(settings.data.name), settings.data, settings.seed)
+    partition(load_images(settings.data), settings.data, settings.seed)
     find_weights(settings.clip.model, settings.clip.pretrained)
     resolve_device(settings.device)
     return Plan(settings.replace(places), run_dir)

@@ -5,17 +5,16 @@ from typing import Literal
 
 import numpy as np
 
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
 from pfedmoap_flwr.settings import setting
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(ImageSettings):
     """The images and who holds them."""
 
-    name: str = setting("emoji-domains", "data set")
     template: str = setting(
         "", "zero-shot sentence with {} for the class; empty: the data set's own"
     )
@@ -48,6 +47,15 @@ def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRo
     makers = {"dirichlet-domain": _dirichlet_domain, "pathological": _pathological}
     clients = makers[data.partition](images, data, seed)
     return [_few_shot(images, c, data.shots, seed) if data.shots else c for c in clients]
+
+
+def whole(images: ImageData, data: DataSettings, client: int, seed: int) -> ClientRows:
+    """Return the client that holds every image: the one of a node with a folder of its own."""
+    rows = {split: np.arange(len(images.splits[split])) for split in SPLITS}
+    domain = images.domains[0] if len(images.domains) == 1 else ""
+    holder = ClientRows(client, domain, rows)
+    few = data.shots and len(rows["train"])
+    return _few_shot(images, holder, data.shots, seed) if few else holder
 
 
 def _dirichlet_domain(images: ImageData, data: DataSettings, seed: int) -> list[ClientRows]:

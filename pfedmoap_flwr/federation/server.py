@@ -11,7 +11,14 @@ from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import checkpoint
-from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce, wait_for_nodes
+from pfedmoap_flwr.federation.handshake import (
+    Card,
+    check_agreement,
+    introduce,
+    origins,
+    say_data,
+    wait_for_nodes,
+)
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
 from pfedmoap_flwr.methods import Method, Server
 from pfedmoap_flwr.report.run_folder import RunFolder
@@ -45,6 +52,8 @@ def _run(
     nodes = sorted(grid.get_node_ids())
     cards = introduce(grid, nodes, folder.path.name, settings.node_timeout)
     check_agreement({}, cards)
+    say_data(cards)
+    folder.save_data([{"clients": clients, **said} for clients, said in origins(cards)])
     if len(cards) < clients:
         logger.warning(
             "%d of %d clients are connected; a simulation of all is started with "
