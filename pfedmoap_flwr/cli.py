@@ -113,6 +113,11 @@ def make_plan(words: dict[str, Value]) -> Plan:
         "state-dir": str(run_dir / "clients"),
         "min-nodes": settings.data.num_clients,
     }
+    # The processes of a run start in other folders
+    for key in ("data.path", "data.classnames"):
+        named = str(settings.flat()[key])
+        if named and Path(named).expanduser().exists():
+            places[key] = str(Path(named).expanduser().resolve())
     partition(load_images(settings.data), settings.data, settings.seed)
     find_weights(settings.clip.model, settings.clip.pretrained)
     resolve_device(settings.device)

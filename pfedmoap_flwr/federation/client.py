@@ -202,7 +202,7 @@ def _node_of(settings: Settings, method: Method, client: int, own_folder: str) -
     """Return what this process holds: all clients' images, or one's where it has its own folder."""
     shared = (settings.clip, settings.seed, settings.device, method.reads, method.views)
     if not own_folder:
-        return _node(settings.data, *shared, owner=None)
+        return _node(settings.data, *shared)
     try:
         data = replace(settings.data, name=FOLDER, path=own_folder)
         return _node(data, *shared, owner=client)
@@ -218,7 +218,7 @@ def _node(
     device: str,
     reads: Reads,
     views: int,
-    owner: int | None,
+    owner: int | None = None,
 ) -> _Node:
     """Load what a process needs; `owner`: the one client that all of its images belong to."""
     images = load_images(data)
