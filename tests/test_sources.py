@@ -78,6 +78,23 @@ def test_all_are_there() -> None:
         assert "{}" in source.template
 
 
+def test_the_docs_say_what_the_catalogue_says() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    for source in CATALOGUE.values():
+        if source.name in (FOLDER, BUNDLED):
+            continue
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{source.name}` |"))
+        assert f"| {len(source.classnames)} " in row
+        for said in (source.hub, source.template, source.licence):
+            assert said in row
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        kind, _, clients = cells[-1].rpartition(", ")
+        assert int(clients.split()[0] if clients else 0) == source.clients
+        paper = {"": "", "pathological": "pathological", "Dirichlet(0.5)": "dirichlet"}
+        paper["Dirichlet(0.3) in each domain"] = "dirichlet-domain"
+        assert paper[kind] == source.partition
+
+
 @every_hub_set
 def test_labels_are_joined_by_name(source: Source, tmp_path: Path) -> None:
     copy = write_parquet(tmp_path / "copy", tables(source))

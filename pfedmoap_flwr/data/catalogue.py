@@ -33,7 +33,8 @@ class Source:
 
     `cut` says where splits come from. "published": the hub's; what is missing is cut from train.
     "coop": all images together, cut 50/20/30 by class. "coop-test": the published test images, and
-    20% of the others for validation.
+    20% of the others for validation. `subset`: classes that are not ours are left out, as are those
+    `dropped`. `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
     """
 
     name: str

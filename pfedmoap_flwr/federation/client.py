@@ -217,7 +217,7 @@ def _node(
     seed: int,
     device: str,
     reads: Reads,
-    views: int,
+    views: int = 0,
     owner: int | None = None,
 ) -> _Node:
     """Load what a process needs; `owner`: the one client that all of its images belong to."""
