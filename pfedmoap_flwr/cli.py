@@ -113,7 +113,12 @@ def make_plan(words: dict[str, Value]) -> Plan:
         "state-dir": str(run_dir / "clients"),
         "min-nodes": settings.data.num_clients,
     }
-    partition(load_images(settings.data.name), settings.data, settings.seed)
+    # The processes of a run start in other folders
+    for key in ("data.path", "data.classnames"):
+        named = str(settings.flat()[key])
+        if named and Path(named).expanduser().exists():
+            places[key] = str(Path(named).expanduser().resolve())
+    partition(load_images(settings.data), settings.data, settings.seed)
     find_weights(settings.clip.model, settings.clip.pretrained)
     resolve_device(settings.device)
     return Plan(settings.replace(places), run_dir)

@@ -4,7 +4,6 @@ And the splits of a data set share no image, or it says so.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip
 from pfedmoap_flwr.data.cuts import CUTS
-from pfedmoap_flwr.data.images import SPLITS, ImageData, duplicates, load_images
+from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, duplicates
 from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
 from pfedmoap_flwr.federation import client
 
@@ -187,25 +186,7 @@ def test_splits_that_share_images_are_found_by_content(images: ImageData) -> Non
     assert found == {("train", "test"): 2}
 
 
-def test_a_loader_says_which_splits_share_how_many(
-    images: ImageData,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("PFEDMOAP_ASSETS", str(tmp_path))
-    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
-    (tmp_path / "emoji-domains").mkdir()
-    for split in SPLITS:
-        of_class = images.splits["validation" if split == "test" else split]
-        names = datasets.ClassLabel(names=list(images.classnames))
-        typed = of_class.cast_column("label", names).cast_column("domain", names)
-        typed.to_parquet(tmp_path / "emoji-domains" / f"{split}.parquet")
-    load_images.__wrapped__("emoji-domains")
-    assert "test images that are validation images too: 72" in caplog.text
-
-
 def test_the_embedded_data_set_shares_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Fluent draws a black medium square in test as it draws a white square button in training
     monkeypatch.delenv("PFEDMOAP_ASSETS")
-    assert duplicates(load_images.__wrapped__("emoji-domains")) == {("train", "test"): 1}
+    assert duplicates(_load.__wrapped__(ImageSettings())) == {("train", "test"): 1}

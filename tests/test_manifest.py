@@ -13,7 +13,7 @@ from tables import even_table
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.data.cuts import CUTS
-from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
+from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
     DataSettings,
@@ -55,7 +55,7 @@ PUBLISHED_FOUR_SHOTS = {
 def emoji(monkeypatch: pytest.MonkeyPatch) -> ImageData:
     """The real emoji-domains, not the tests'."""
     monkeypatch.delenv("PFEDMOAP_ASSETS")
-    return load_images.__wrapped__("emoji-domains")
+    return _load.__wrapped__(ImageSettings())
 
 
 def digest_of_rows(clients: list[ClientRows]) -> str:

@@ -54,6 +54,8 @@ def read_images(
         raise UsageError(
             f"a method reads '{reads}' of an image; only 'features' and 'tokens' can be read so far"
         )
+    if not len(images):
+        return torch.empty(0)  # of no image there is nothing to read, not even a shape
     pictures = _digest(images)
     described = {
         "recipe": RECIPE,

@@ -5,25 +5,44 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
 from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr.data import folder, hub
+from pfedmoap_flwr.data.catalogue import BUNDLED, FOLDER, Source, find_source
+from pfedmoap_flwr.data.splits import SPLITS as SPLITS
+from pfedmoap_flwr.data.splits import cut, join, listed
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.settings import setting
 
-SPLITS = ("train", "validation", "test")
 logger = logging.getLogger("flwr.pfedmoap")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Which images."""
+
+    name: str = setting("emoji-domains", "data set, or 'folder' for your own images")
+    path: str = setting("", "its local copy, or your folder, CSV or saved data set; empty: the hub")
+    classnames: str = setting("", "your images' class list: a text file, or names between commas")
+    strict: bool = setting(False, "end at a broken image instead of skipping it")
+    validation: float = setting(
+        0.1, "share of train held out where no validation images are published", low=0, high=0.9
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A data set: columns `image`, `label` and `domain` in each split.
 
-    `classnames` and `domains` are in label order; `template` is the zero-shot sentence.
+    `classnames` and `domains` are in label order; `template` is the zero-shot sentence;
+    `provenance` says for the run folder where the images come from.
     """
 
     name: str
@@ -31,6 +50,7 @@ class ImageData:
     domains: tuple[str, ...]
     template: str
     splits: Mapping[str, datasets.Dataset]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 - a data set lives as long as its process
     def column(self, split: str, name: str) -> np.ndarray:
@@ -38,26 +58,139 @@ class ImageData:
         return np.asarray(self.splits[split].with_format("numpy")[name][:], dtype=np.int64)
 
 
+def load_images(data: ImageSettings | str) -> ImageData:
+    """Load a data set by its settings, or by its name alone.
+
+    Raises UsageError where it is unknown, not to be had, or not what it should be.
+    """
+    if isinstance(data, str):
+        data = ImageSettings(data)
+    # Of a subclass only what is said here counts, or equal images would be loaded twice
+    return _load(ImageSettings(**{f.name: getattr(data, f.name) for f in fields(ImageSettings)}))
+
+
 @functools.lru_cache(maxsize=2)
-def load_images(name: str) -> ImageData:
-    """Load a data set by name. Raises UsageError where it is unknown or not to be had."""
-    if name != "emoji-domains":
-        raise UsageError(f"setting data.name={name!r}: unknown data set; there is emoji-domains")
+def _load(data: ImageSettings) -> ImageData:
+    source = find_source(data.name)
+    if data.classnames and source.name != FOLDER:
+        raise UsageError(
+            f"setting data.classnames: {source.name} has its own list; it is for data.name=folder"
+        )
+    if source.name == BUNDLED:
+        return _bundled(data)
+    if source.name == FOLDER and not data.path:
+        raise UsageError("setting data.name='folder': set data.path to your images")
+    tables, source, origin = _tables(data, source)
+    joined, classnames, domains = join(tables, source, _given(data.classnames))
+    if not classnames:
+        raise UsageError(
+            f"setting data.path={data.path!r}: no images there; images lie as train/CLASS/x.jpg, "
+            "and a folder without any needs setting data.classnames"
+        )
+    skipped = 0
+    if source.name == FOLDER or origin == "files":
+        joined, skipped = _whole_images(joined, strict=data.strict)
+    splits, how = cut(joined, source, data.validation)
+    return ImageData(
+        name=source.name,
+        classnames=classnames,
+        domains=domains,
+        template=source.template,
+        splits=splits,
+        provenance={
+            "name": source.name,
+            "source": origin,
+            "revision": hub.revision(tables),
+            "licence": source.licence,
+            "splits": how,
+            "sizes": {split: len(table) for split, table in splits.items()},
+            "broken": skipped,
+        },
+    )
+
+
+def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dataset], Source, str]:
+    """Return the tables, the source as they spell it, and where they come from."""
+    if not data.path:
+        return hub.from_hub(source), source, f"hub: {source.hub}"
+    path = Path(data.path).expanduser().resolve()
+    if not path.exists():
+        raise UsageError(f"setting data.path={data.path!r}: there is nothing at {path}")
+    if source.coop and (place := folder.find_coop(path, source.coop)):
+        tables = folder.to_tables(folder.read_coop(place, source.coop))
+        exact = replace(folder.as_read(source), cut="published", domain="")
+        return tables, exact, f"CoOp's {source.coop.split}"
+    if path.is_dir() and source.classnames and folder.has_idx(path):
+        return folder.read_idx(path, source.classnames), source, "idx files"
+    if path.is_dir() and hub.is_table(path):
+        return hub.from_copy(path, source), source, "local copy"
+    rows = folder.read_tree(path) if path.is_dir() else folder.read_csv(path)
+    if source.domain and source.name != FOLDER and not all(domain for *_, domain in rows):
+        raise UsageError(f"setting data.path={data.path!r}: {source.name} needs DOMAIN/CLASS/x.jpg")
+    return folder.to_tables(rows), folder.as_read(source), "files"
+
+
+def _whole_images(
+    tables: dict[str, datasets.Dataset], *, strict: bool
+) -> tuple[dict[str, datasets.Dataset], int]:
+    """Return the tables without the images that cannot be decoded, and how many those were."""
+    good, count = {}, 0
+    for split, table in tables.items():
+        found = folder.broken(table)
+        for path, reason in found.values():
+            if strict:
+                raise UsageError(f"broken image {path}: {reason}; data.strict=false skips it")
+            logger.warning("broken image skipped: %s (%s)", path, reason)
+        rows = np.setdiff1d(np.arange(len(table)), list(found))
+        good[split] = table.select(rows) if found else table
+        count += len(found)
+    return good, count
+
+
+def _given(setting_text: str) -> list[str]:
+    """Return the agreed class list. Raises UsageError where it is no file and no list."""
+    if not setting_text:
+        return []
+    path = Path(setting_text).expanduser()
+    text = path.read_text() if "," not in setting_text and path.is_file() else ""
+    if not text and "," not in setting_text:
+        raise UsageError(
+            f"setting data.classnames={setting_text!r}: no such file, and no names between commas"
+        )
+    names = text.splitlines() if text else setting_text.split(",")
+    names = [name.replace("_", " ").strip() for name in names if name.strip()]
+    spelt = [name.casefold() for name in names]
+    if twice := [name for name in names if spelt.count(name.casefold()) > 1]:
+        raise UsageError(
+            f"setting data.classnames names {listed(sorted(set(twice)))} more than once"
+        )
+    return names
+
+
+def _bundled(data: ImageSettings) -> ImageData:
+    if data.path:
+        raise UsageError(f"setting data.path={data.path!r}: {data.name} is part of the package")
     # Read straight from Parquet: no cache folder, no lock, no temporary copy
     splits = {
-        split: datasets.Dataset(pq.read_table(asset(f"{name}/{split}.parquet"))) for split in SPLITS
+        split: datasets.Dataset(pq.read_table(asset(f"{data.name}/{split}.parquet")))
+        for split in SPLITS
     }
     features = splits["train"].features
-    images = ImageData(
-        name=name,
+    source = find_source(data.name)
+    return ImageData(
+        name=data.name,
         classnames=tuple(features["label"].names),
         domains=tuple(features["domain"].names),
-        template="a drawing of {}.",
+        template=source.template,
         splits=splits,
+        provenance={
+            "name": data.name,
+            "source": "bundled",
+            "licence": source.licence,
+            "splits": "as bundled",
+            "sizes": {split: len(table) for split, table in splits.items()},
+        },
     )
-    for (first, second), count in duplicates(images).items():
-        logger.warning("%s: %s images that are %s images too: %d", name, second, first, count)
-    return images
 
 
 def image_digests(images: datasets.Dataset) -> Iterator[bytes]:

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from pfedmoap_flwr.data.cuts import CUTS, Part, class_sizes
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
 from pfedmoap_flwr.settings import Value, key_of, setting
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(ImageSettings):
     """The images and who holds them."""
 
-    name: str = setting("emoji-domains", "data set")
     template: str = setting(
         "", "zero-shot sentence with {} for the class; empty: the data set's own"
     )
@@ -76,6 +75,15 @@ def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRo
 def class_counts(images: ImageData, clients: Sequence[ClientRows], split: str) -> np.ndarray:
     """Return how many images of each class every client has in a split: (clients, C)."""
     return np.array([_counts(images, split, client.rows[split]) for client in clients])
+
+
+def whole(images: ImageData, data: DataSettings, client: int, seed: int) -> ClientRows:
+    """Return the client that holds every image: the one of a node with a folder of its own."""
+    rows = {split: np.arange(len(images.splits[split])) for split in SPLITS}
+    domain = images.domains[0] if len(images.domains) == 1 else ""
+    holder = ClientRows(client, domain, rows)
+    few = data.shots and len(rows["train"])
+    return _few_shot(images, holder, data.shots, seed) if few else holder
 
 
 def manifest(

@@ -1,11 +1,13 @@
 """A client's three answers: who it is, its training, its evaluation."""
 
 import functools
+import json
 import os
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -15,8 +17,9 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.features import Reads, read_images
 from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.catalogue import FOLDER
 from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition, whole
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import records, work
 from pfedmoap_flwr.federation.kept import KeptHeads
@@ -38,6 +41,7 @@ class Client:
     task: Task
     splits: dict[str, Split]
     kept: KeptHeads
+    provenance: Mapping[str, Any]
 
     @property
     def id(self) -> int:
@@ -94,6 +98,8 @@ def query(message: Message, context: Context) -> RecordDict:
         "domain": client.rows.domain,
         "classnames": list(client.task.classnames),
         "template": client.task.template,
+        "classes": len(client.splits["train"].labels.unique()),
+        "provenance": json.dumps(dict(client.provenance)),
     }
     card |= {f"num-{split}": len(client.splits[split]) for split in SPLITS}
     return RecordDict({"card": ConfigRecord(card)})
@@ -128,7 +134,9 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     metrics: dict[str, int | float] = {"client": client.id}
     for name, head in heads.items():
         measured = work.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
-        metrics[f"{name}-accuracy"] = measured["test"]
+        # A split without images has no accuracy
+        if "test" in measured:
+            metrics[f"{name}-accuracy"] = measured["test"]
         if "validation" in measured:
             metrics[f"{name}-validation-accuracy"] = measured["validation"]
     return RecordDict({"metrics": MetricRecord(metrics)})
@@ -148,21 +156,20 @@ def awake(message: Message, context: Context) -> Client:
             "this SuperNode has no partition-id; start it with "
             '--node-config "partition-id=0 num-partitions=2"'
         )
-    node = _node(
-        settings.data, settings.clip, settings.seed, settings.device, method.reads, method.views
-    )
-    number = int(context.node_config["partition-id"])
-    if number >= len(node.clients):
+    number, clients = int(context.node_config["partition-id"]), settings.data.num_clients
+    if number >= clients:
         raise UsageError(
-            f"partition-id={number}: data.num-clients={len(node.clients)} gives ids from 0 to "
-            f"{len(node.clients) - 1}"
+            f"partition-id={number}: data.num-clients={clients} gives ids from 0 to {clients - 1}"
         )
+    own_folder = str(context.node_config.get("data-dir", ""))
+    node = _node_of(settings, method, number, own_folder)
     rows = node.clients[number]
     run_name = str(message.content["config"]["run"])
     folder = _state_folder(settings, context) / run_name / f"client-{number}"
     template = settings.data.template or node.images.template
     task = Task(node.images.classnames, template)
-    return Client(rows, method, node.clip, task, node.splits(number), KeptHeads(folder))
+    splits = node.splits(number)
+    return Client(rows, method, node.clip, task, splits, KeptHeads(folder), node.images.provenance)
 
 
 def _state_folder(settings: Settings, context: Context) -> Path:
@@ -177,7 +184,7 @@ class _Node:
 
     clip: FrozenClip
     images: ImageData
-    clients: list[ClientRows]
+    clients: Mapping[int, ClientRows]
     features: dict[str, Tensor]
 
     def splits(self, client: int) -> dict[str, Split]:
@@ -191,12 +198,31 @@ class _Node:
         return parts
 
 
+def _node_of(settings: Settings, method: Method, client: int, own_folder: str) -> "_Node":
+    """Return what this process holds: all clients' images, or one's where it has its own folder."""
+    shared = (settings.clip, settings.seed, settings.device, method.reads, method.views)
+    if not own_folder:
+        return _node(settings.data, *shared)
+    try:
+        data = replace(settings.data, name=FOLDER, path=own_folder)
+        return _node(data, *shared, owner=client)
+    except UsageError as error:
+        raise UsageError(f"client {client}, data-dir={own_folder}: {error}") from error
+
+
 @functools.lru_cache(maxsize=2)
 def _node(
-    data: DataSettings, clip: ClipSettings, seed: int, device: str, reads: Reads, views: int
+    data: DataSettings,
+    clip: ClipSettings,
+    seed: int,
+    device: str,
+    reads: Reads,
+    views: int = 0,
+    owner: int | None = None,
 ) -> _Node:
-    images = load_images(data.name)
-    clients = partition(images, data, seed)
+    """Load what a process needs; `owner`: the one client that all of its images belong to."""
+    images = load_images(data)
+    held = partition(images, data, seed) if owner is None else [whole(images, data, owner, seed)]
     frozen = load_clip(clip.model, clip.pretrained, device, clip.precision)
     features = {
         split: read_images(
@@ -204,4 +230,4 @@ def _node(
         )
         for split in SPLITS
     }
-    return _Node(frozen, images, clients, features)
+    return _Node(frozen, images, {rows.client: rows for rows in held}, features)

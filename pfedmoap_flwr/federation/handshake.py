@@ -1,30 +1,41 @@
 """Who is there: nodes introduce themselves, and everything else is keyed by client id."""
 
+import json
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from pfedmoap_flwr.data.splits import difference
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods import Task
 
 POLL_SECONDS = 0.5
 STEADY_SECONDS = 3.0
+SHOWN_CLIENTS = 10
 logger = logging.getLogger("flwr.pfedmoap")
 
 
 @dataclass(frozen=True)
 class Card:
-    """How a client introduced itself."""
+    """How a client introduced itself; `classes`: how many of them it trains on."""
 
     client: int
     node_id: int
     domain: str
     task: Task
     sizes: dict[str, int]
+    classes: int
+    provenance: dict[str, Any]
+
+    @property
+    def can_train(self) -> bool:
+        """Whether the client has any training images."""
+        return self.sizes["train"] > 0
 
 
 def wait_for_nodes(grid: Grid, at_least: int, at_most: int, timeout: float) -> None:
@@ -79,11 +90,54 @@ def check_agreement(cards: dict[int, Card], new: list[Card]) -> None:
         known[card.client] = card
         first = next(iter(known.values()))
         if card.task.classnames != first.task.classnames:
-            differing = set(card.task.classnames) ^ set(first.task.classnames)
-            what = ", ".join(sorted(differing)) or "their order"
+            mine, theirs = card.task.classnames, first.task.classnames
+            missing, extra = set(theirs) - set(mine), set(mine) - set(theirs)
             raise UsageError(
-                f"clients {first.client} and {card.client} do not know the same classes: {what}"
+                f"clients {first.client} and {card.client} do not know the same classes; client "
+                f"{card.client}: {difference(missing, extra) or _order(mine, theirs)}; give all "
+                "nodes one list with setting data.classnames"
             )
+
+
+def say_data(cards: Iterable[Card]) -> None:
+    """Log where the images come from, and which clients cannot do all that others do.
+
+    Raises UsageError where no client has anything to train on.
+    """
+    cards = list(cards)
+    for clients, origin in origins(cards):
+        logger.info("images of %s: %s", _clients(clients), json.dumps(origin))
+    lacking = {
+        "no training images, so no part in training": [c for c in cards if not c.can_train],
+        "no test images, so no accuracy": [c for c in cards if not c.sizes["test"]],
+        "training images of one class only": [c for c in cards if c.classes == 1],
+        "broken images that were skipped": [c for c in cards if c.provenance.get("broken")],
+    }
+    for what, those in lacking.items():
+        if those:
+            logger.warning("%s: %s", _clients([card.client for card in those]), what)
+    if not any(card.can_train for card in cards):
+        raise UsageError("no client has training images")
+
+
+def origins(cards: Iterable[Card]) -> list[tuple[list[int], dict[str, Any]]]:
+    """Return what nodes say of where their images come from, with the clients that say so."""
+    found: dict[str, list[int]] = {}
+    for card in cards:
+        found.setdefault(json.dumps(card.provenance), []).append(card.client)
+    return [(clients, json.loads(text)) for text, clients in found.items()]
+
+
+def _clients(clients: list[int]) -> str:
+    shown = ", ".join(map(str, clients[:SHOWN_CLIENTS]))
+    more = f" and {len(clients) - SHOWN_CLIENTS} more" if len(clients) > SHOWN_CLIENTS else ""
+    return f"client{'s' * (len(clients) > 1)} {shown}{more}"
+
+
+def _order(mine: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    pairs = zip(mine, theirs, strict=True)
+    number, (one, other) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    return f"another order, number {number} is {one!r} instead of {other!r}"
 
 
 def _card(node_id: int, record: Any) -> Card:
@@ -93,4 +147,6 @@ def _card(node_id: int, record: Any) -> Card:
         domain=str(record["domain"]),
         task=Task(tuple(record["classnames"]), str(record["template"])),
         sizes={k.removeprefix("num-"): int(v) for k, v in record.items() if k.startswith("num-")},
+        classes=int(record["classes"]),
+        provenance=json.loads(str(record["provenance"])),
     )

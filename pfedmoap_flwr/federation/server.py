@@ -9,11 +9,19 @@ from flwr.serverapp import Grid
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.catalogue import BUNDLED
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import manifest, partition
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import checkpoint
-from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce, wait_for_nodes
+from pfedmoap_flwr.federation.handshake import (
+    Card,
+    check_agreement,
+    introduce,
+    origins,
+    say_data,
+    wait_for_nodes,
+)
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
 from pfedmoap_flwr.methods import Method, Server
 from pfedmoap_flwr.report.run_folder import RunFolder
@@ -48,6 +56,8 @@ def _run(
     cards = introduce(grid, nodes, folder.path.name, settings.node_timeout)
     check_agreement({}, cards)
     _save_partition(settings, cards, folder)
+    say_data(cards)
+    folder.save_data([{"clients": clients, **said} for clients, said in origins(cards)])
     if len(cards) < clients:
         logger.warning(
             "%d of %d clients are connected; a simulation of all is started with "
@@ -68,16 +78,22 @@ def _run(
 
 
 def _save_partition(settings: Settings, cards: list[Card], folder: RunFolder) -> None:
-    """Write down who holds what, if this machine can tell: nodes may have images of their own."""
+    """Write down who holds what, if this machine can tell: nodes may have images of their own.
+
+    A server of a deployment, which no `pfedmoap run` gave a run folder, fetches nothing for it.
+    """
+    data = settings.data
+    if not (data.name == BUNDLED or data.path or settings.run_dir):
+        return
     try:
-        images = load_images(settings.data.name)
-        clients = partition(images, settings.data, settings.seed)
+        images = load_images(data)
+        clients = partition(images, data, settings.seed)
     except UsageError as error:
         logger.info("no partition.json: %s", error)
         return
     held = {c.client: (c.domain, {s: len(rows) for s, rows in c.rows.items()}) for c in clients}
     if all(held.get(card.client) == (card.domain, card.sizes) for card in cards):
-        folder.save_partition(manifest(images, settings.data, settings.seed, clients))
+        folder.save_partition(manifest(images, data, settings.seed, clients))
 
 
 def _row(card: Card) -> dict[str, int | str]:

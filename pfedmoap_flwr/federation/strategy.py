@@ -133,8 +133,11 @@ class PromptStrategy(Strategy):
         self.record = RoundRecord(round=server_round)
 
     def _sample(self, server_round: int) -> list[int]:
-        """Draw this round's participants, a function of (seed, round), the same for all methods."""
-        clients = sorted(self.cards)
+        """Draw this round's participants, a function of (seed, round), the same for all methods.
+
+        Clients without training images cannot be drawn.
+        """
+        clients = sorted(card.client for card in self.cards.values() if card.can_train)
         count = max(1, round(self.settings.fraction_train * len(clients)))
         rng = numpy_generator(self.settings.seed, "participants", server_round)
         return sorted(rng.choice(clients, size=count, replace=False).tolist())

@@ -40,6 +40,10 @@ class RoundRecord:
         values = [m[metric] for m in self.clients.values() if metric in m]
         return fmean(values) if values else None
 
+    def worst(self, metric: str) -> float | None:
+        """Return the lowest value of all clients that have one, or None without one."""
+        return min((m[metric] for m in self.clients.values() if metric in m), default=None)
+
     def line(self, rounds: int) -> str:
         """Return a short progress line."""
         parts = [f"round {self.round}/{rounds}"]
@@ -88,6 +92,10 @@ class RunFolder:
     def save_partition(self, manifest: dict[str, Any]) -> None:
         """Write partition.json: which client holds which images."""
         self._write("partition.json", json.dumps(manifest))
+
+    def save_data(self, origins: list[dict[str, Any]]) -> None:
+        """Write data.json: where which clients' images come from."""
+        self._write("data.json", json.dumps(origins, indent=2))
 
     def append_round(self, record: RoundRecord) -> None:
         """Add a line to rounds.jsonl."""
@@ -204,7 +212,7 @@ def summarise(settings: Settings, rounds: list[RoundRecord]) -> dict[str, Any]:
         "personal_accuracy": last.mean("personal-accuracy"),
         "global_accuracy": last.mean("global-accuracy"),
         "zeroshot_accuracy": rounds[0].mean("zeroshot-accuracy"),
-        "worst_client_accuracy": min(m["personal-accuracy"] for m in last.clients.values()),
+        "worst_client_accuracy": last.worst("personal-accuracy"),
         "personal_validation_accuracy": last.mean("personal-validation-accuracy"),
         "global_validation_accuracy": last.mean("global-validation-accuracy"),
         "seconds": round(sum(r.seconds for r in rounds), 3),

@@ -22,7 +22,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(title=title, show_header=False)
     for key, name in ACCURACIES.items():
-        table.add_row(name, f"{summary[key]:.1%}")
+        # No client has test images: there is no accuracy
+        table.add_row(name, "-" if summary[key] is None else f"{summary[key]:.1%}")
     table.add_row("bytes per client and round", traffic(summary))
     table.add_row("failures", str(summary["failures"]))
     table.add_row("seconds", f"{summary['seconds']:.0f}")
@@ -39,13 +40,15 @@ def print_comparison(
         table.add_column(name, justify="right")
     table.add_column("bytes per client and round", justify="right")
     for method, runs in summaries.items():
-        cells = [spread([run[key] for run in runs]) for key in ACCURACIES]
+        cells = [spread([r[key] for r in runs if r[key] is not None]) for key in ACCURACIES]
         table.add_row(method, *cells, traffic(runs[0]))
     console.print(table)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return "61.2 ± 0.4" in percent; the sample standard deviation, left out for one value."""
+    """Return "61.2 ± 0.4" in percent, "-" for none; the standard deviation is the sample's."""
+    if not values:
+        return "-"
     mean = f"{100 * fmean(values):.1f}"
     return f"{mean} ± {100 * stdev(values):.1f}" if len(values) > 1 else mean
 
