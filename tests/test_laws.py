@@ -246,10 +246,11 @@ def test_10_the_bytes_declared_are_the_bytes_sent(
 # Law 11
 
 
-def another(hint: Any, value: Any) -> Any:
+def another(hint: Any, value: Any, choices: tuple[str, ...]) -> Any:
     """A value of the same type that is not the default."""
-    if get_origin(hint) is Literal:
-        return next(choice for choice in get_args(hint) if choice != value)
+    choices = get_args(hint) if get_origin(hint) is Literal else choices
+    if choices:
+        return next(choice for choice in choices if choice != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -266,7 +267,7 @@ def changed(method: str) -> dict[str, Any]:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
             key = f"{part}.{key_of(field.name)}".removeprefix(".")
-            flat[key] = another(hints[field.name], field.default)
+            flat[key] = another(hints[field.name], field.default, field.metadata["choices"])
     return {**flat, "method": method}
 
 
