@@ -7,13 +7,43 @@ import pytest
 from test_settings import flatten
 
 from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.data.catalogue import find_source
 
+# Section 4.1: rounds, participation, backbone by table
+PAPER = {
+    "1": (10, 1.0, "RN50"),
+    "2": (120, 0.1, "RN50"),
+    "3": (25, 0.25, "ViT-B-16"),
+    "4": (25, 0.5, "ViT-B-16"),
+    "8": (25, 0.25, "ViT-B-16"),
+    "9": (10, 1.0, "RN50"),
+}
 CONF = sorted((Path(__file__).parent.parent / "conf").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_a_conf_file_is_valid(path: Path) -> None:
     config.parse(flatten(tomllib.loads(path.read_text())))
+
+
+TABLES = [path for path in CONF if path.stem.startswith("table")]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_of_the_paper_has_its_data_and_its_clients(path: Path) -> None:
+    settings = config.parse(flatten(tomllib.loads(path.read_text())))
+    source = find_source(settings.data.name)
+    assert source.name in path.stem
+    assert (settings.data.partition, settings.data.num_clients) == (
+        source.partition,
+        source.clients,
+    )
+    rounds, fraction, model = PAPER[path.stem[5]]
+    assert settings.num_server_rounds == rounds
+    assert settings.fraction_train == fraction
+    assert (settings.clip.model, settings.clip.pretrained) == (f"{model}-quickgelu", "openai")
+    assert settings.local_epochs == 5
+    assert settings.lr == 0.002
 
 
 def test_every_method_has_one_and_a_page() -> None:
