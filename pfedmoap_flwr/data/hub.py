@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -54,7 +55,7 @@ def is_cached(source: Source) -> bool:
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Keep to what is on this machine, as with HF_HUB_OFFLINE=1."""
-    places = (huggingface_hub.constants, datasets.config)
+    places: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:
