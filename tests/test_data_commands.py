@@ -53,13 +53,13 @@ def test_list_says_what_the_docs_say(capsys: Printed) -> None:
             continue
         (row,) = (r for r in docs.splitlines() if r.startswith(f"| `{source.name}` |"))
         _, classes, sizes, domains, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-        numbers = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", sizes.split(" cut")[0])]
+        numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", sizes.split(" cut")[0])]
         said = line.split()[1:4]
         assert said[0] == classes.split()[0]
         assert said[1] == (domains or "1")
         assert said[2] == ("-" if source.name == "domainnet" else f"{sum(numbers):,}")
         assert source.hub in line
-        assert line.rstrip().endswith("not here")
+        assert " not here " in line
 
 
 def test_list_counts_the_bundled_set(capsys: Printed) -> None:
@@ -67,12 +67,12 @@ def test_list_counts_the_bundled_set(capsys: Printed) -> None:
     (line,) = (row for row in capsys.readouterr().out.splitlines() if f" {BUNDLED} " in row)
     total = len(CLASSNAMES) * len(DOMAINS) * sum(PER_CLASS.values())
     assert line.split()[1:4] == [str(len(CLASSNAMES)), str(len(DOMAINS)), str(total)]
-    assert line.rstrip().endswith("bundled")
+    assert line.split()[4] == "bundled"
 
 
 def test_a_set_is_here_once_the_hubs_cache_holds_it_whole(tmp_path: Path) -> None:
     folder = tmp_path / "hf" / "flwrlabs___pacs" / "default" / "0.0.0"
-    for version, said in (("a1.incomplete", "not here"), ("a1", "in the hub's cache")):
+    for version, said in (("a1.incomplete", "not here"), ("a1", "hub cache")):
         (folder / version).mkdir(parents=True)
         (folder / version / "dataset_info.json").write_text("{}")
         assert place(CATALOGUE["pacs"]) == said
@@ -103,11 +103,8 @@ def test_show_counts_what_the_files_hold(capsys: Printed, tiny_assets: Path) -> 
         assert [train, validation, test] == [str(len(client["rows"][s])) for s in SPLITS]
         domains = files["train"]["domain"].to_numpy()[client["rows"]["train"]]
         assert {DOMAINS[d] for d in domains} == {domain}
-    for split, count in PER_CLASS.items():
-        held = sum(
-            int(rows[str(k)][{"train": -3, "validation": -2, "test": -1}[split]])
-            for k in range(NUM_CLIENTS)
-        )
+    for column, count in enumerate(PER_CLASS.values(), -len(SPLITS)):
+        held = sum(int(rows[str(client)][column]) for client in range(NUM_CLIENTS))
         assert held == count * len(CLASSNAMES) * len(DOMAINS)
     assert said["sha256"] in printed
     assert "no image is in two splits" in printed
@@ -160,7 +157,7 @@ def test_the_figure_is_a_picture(words: list[str], name: str, tmp_path: Path) ->
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert all(300 < side < 3000 for side in picture.size)
-        assert len(set(picture.convert("RGB").resize((60, 60)).getdata())) > 5
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 5
 
 
 def test_without_figure_no_file_is_left(tmp_path: Path) -> None:
@@ -201,11 +198,9 @@ def test_prepare_that_was_stopped_goes_on(
     monkeypatch.setattr(features, "BATCH", 8)
     encode, started = features._encode, []
 
-    def stopping(
-        clip: Any, images: Any, prepare: Any, reads: Any, starts: range, dtype: Any
-    ) -> Any:
-        started.append(starts.start)
-        for number, block in enumerate(encode(clip, images, prepare, reads, starts, dtype)):
+    def stopping(*said: Any) -> Any:
+        started.append(next(each.start for each in said if isinstance(each, range)))
+        for number, block in enumerate(encode(*said)):
             if len(started) == 1 and number == 3:
                 raise KeyboardInterrupt
             yield block

@@ -32,8 +32,8 @@ def place(source: Source) -> str:
     if source.name == BUNDLED:
         return "bundled"
     if source.name == FOLDER:
-        return "your own: data.path"
-    return "in the hub's cache" if is_cached(source) else "not here"
+        return "data.path"
+    return "hub cache" if is_cached(source) else "not here"
 
 
 def is_here(source: Source) -> bool:

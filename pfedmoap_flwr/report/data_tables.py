@@ -30,20 +30,20 @@ class Entry:
 
 def print_catalogue(entries: Sequence[Entry], console: Console) -> None:
     """Print a row per data set."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("data.name", no_wrap=True)
     for name in ("classes", "domains", "images"):
         table.add_column(name, justify="right")
-    for name in ("hub", "licence", "here"):
-        table.add_column(name, overflow="fold")
+    table.add_column("here", no_wrap=True)
+    table.add_column("hub", overflow="fold")
+    table.add_column("licence", overflow="fold")
     for entry in entries:
         numbers = (entry.classes, entry.domains, entry.images)
         cells = [f"{number:,}" if number else "-" for number in numbers]
         source = entry.source
-        table.add_row(source.name, *cells, source.hub or "-", source.licence, entry.place)
+        table.add_row(source.name, *cells, entry.place, source.hub or "-", source.licence)
     # A file or a pipe has room for whole lines
-    width = None if console.is_terminal else WIDE
-    console.print(table, width=width, crop=False)
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
 
 
 def print_partition(
