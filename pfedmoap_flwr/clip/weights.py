@@ -74,7 +74,7 @@ def held_checkpoint(model: str, weights: str) -> Path | None:
         names = (safe, name or HF_WEIGHTS_NAME)
         found = [try_to_load_from_cache(repository, each) for each in names]
         return next((Path(path) for path in found if isinstance(path, str)), None)
-    path = Path("~/.cache/clip").expanduser() / Path(published["url"]).name
+    path = Path("~/.cache/clip").expanduser() / Path(published.get("url", "")).name
     return path if path.is_file() else None
 
 
