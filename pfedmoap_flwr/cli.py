@@ -1,11 +1,11 @@
-"""The command `pfedmoap`: run one method, or compare several over seeds."""
+"""The command `pfedmoap`: run a method, compare several, look at data, check the machine."""
 
 import argparse
 import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,8 @@ from rich.console import Console
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import resolve_device
 from pfedmoap_flwr.clip.weights import find_weights
+from pfedmoap_flwr.commands import data
+from pfedmoap_flwr.commands.doctor import doctor
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
@@ -24,10 +26,15 @@ from pfedmoap_flwr.federation.inprocess import run_in_process
 from pfedmoap_flwr.federation.launch import RunFailed, simulate
 from pfedmoap_flwr.federation.strategy import AllClientsFailed
 from pfedmoap_flwr.report import table
+from pfedmoap_flwr.report.figure import SUFFIXES
 from pfedmoap_flwr.report.run_folder import check_same, check_unused, default_path, load_settings
 from pfedmoap_flwr.settings import Value
 
 DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
+DEFAULT_FIGURE = "partition.png"
+RUN_GOES_ON = "a run goes on with: pfedmoap run resume=ITS_FOLDER"
+
+Command = Callable[[argparse.Namespace, Console], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, _stop)
     try:
+        options.words = _words(options)
         options.command(options, console)
     except UsageError as error:
         errors.print(f"pfedmoap: {error}")
@@ -57,17 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("pfedmoap: the run failed")
         return 1
     except KeyboardInterrupt:
-        errors.print("pfedmoap: stopped; a run goes on with: pfedmoap run resume=ITS_FOLDER")
+        errors.print(f"pfedmoap: stopped; {options.goes_on}")
         return 130
     return 0
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """pfedmoap run: one method, one seed."""
-    words = config.parse_words(options.settings)
-    if options.method:
-        words["method"] = options.method
-    plan = make_plan(words)
+    plan = make_plan(options.words)
     console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
     summary = execute(plan, console, in_process=options.in_process)
     table.print_summary(summary, console)
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def compare(options: argparse.Namespace, console: Console) -> None:
     """pfedmoap compare: several methods over several seeds, all else equal, in this process."""
-    words = config.parse_words(options.settings)
+    words = options.words
     seeds = [config.parse_words([f"seed={seed}"])["seed"] for seed in options.seeds.split(",")]
     single = default_path(Settings())
     root = single.with_name(f"{single.name[:15]}-compare")
@@ -148,29 +153,66 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.settings += rest
+    # `--figure KEY=VALUE`: argparse takes the setting for the file
+    if "=" in (options.figure or "") and Path(options.figure).suffix not in SUFFIXES:
+        options.settings.append(options.figure)
+        options.figure = DEFAULT_FIGURE
     return options
+
+
+def _words(options: argparse.Namespace) -> dict[str, Value]:
+    """Return what the command line sets: a file, KEY=VALUE words over it, --method over both."""
+    words = config.parse_file(Path(options.conf)) if options.conf else {}
+    words |= config.parse_words(options.settings)
+    return {**words, "method": options.method} if options.method else words
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pfedmoap", description=__doc__)
+    parser.set_defaults(conf=None, method=None, figure=None, settings=[], goes_on=RUN_GOES_ON)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    keys = "\n".join(f"  {key:28} {text}" for key, text in config.known_keys().items())
-    shared: dict[str, Any] = {
-        "epilog": f"settings:\n{keys}",
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-    runs = commands.add_parser("run", help="run one method", description=run.__doc__, **shared)
-    runs.add_argument("--method", metavar="NAME", help=f"one of {', '.join(methods.names())}")
+    runs = _add(commands, "run", run, "run one method")
     runs.add_argument("--in-process", action="store_true", help="without Ray, in this process")
-    runs.set_defaults(command=run)
-    rivals = commands.add_parser(
-        "compare", help="compare methods over seeds", description=compare.__doc__, **shared
-    )
+    rivals = _add(commands, "compare", compare, "compare methods over seeds")
     rivals.add_argument("--methods", default=DEFAULT_RIVALS, help=f"default {DEFAULT_RIVALS}")
     rivals.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
-    rivals.set_defaults(command=compare)
-    for command in (runs, rivals):
-        command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    sets = commands.add_parser("data", help="data sets: list, show, prepare")
+    looks = sets.add_subparsers(required=True, metavar="COMMAND")
+    listing = looks.add_parser(
+        "list", help="data sets that have a name", description=data.list_sets.__doc__
+    )
+    listing.set_defaults(command=data.list_sets)
+    shows = _add(looks, "show", data.show, "who holds which images")
+    shows.add_argument(
+        "--figure",
+        nargs="?",
+        const=DEFAULT_FIGURE,
+        metavar="FILE",
+        help=f"draw clients x classes, .png or .svg; alone: {DEFAULT_FIGURE}",
+    )
+    shows.add_argument("--json", action="store_true", help="print the manifest alone")
+    prepares = _add(looks, "prepare", data.prepare, "get images and weights, compute features")
+    checks = _add(commands, "doctor", doctor, "check this machine for a run")
+    for command in (prepares, checks):
+        command.set_defaults(goes_on="the same command goes on from there")
+    for command in (runs, prepares, checks):
+        command.add_argument("--method", metavar="NAME", help=f"{', '.join(methods.names())}")
+    return parser
+
+
+def _add(commands: Any, name: str, command: Command, help: str) -> argparse.ArgumentParser:
+    """Add a command that takes settings."""
+    keys = "\n".join(f"  {key:28} {text}" for key, text in config.known_keys().items())
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=command.__doc__,
+        epilog=f"settings:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    parser.add_argument("--conf", metavar="FILE.toml", help="settings; KEY=VALUE goes over them")
+    parser.set_defaults(command=command)
     return parser
 
 

@@ -7,6 +7,7 @@ defaults (a key that is absent there cannot be overridden).
 import dataclasses
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,24 @@ def parse_words(words: list[str]) -> dict[str, Value]:
     return flat
 
 
+def parse_file(path: Path) -> dict[str, Value]:
+    """Read a TOML file of settings, tables and all, as a flat configuration.
+
+    Raises UsageError naming the file, and the key where one is wrong.
+    """
+    try:
+        flat = _flatten(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not TOML ({error})") from error
+    try:
+        parse(flat)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return flat
+
+
 def known_keys() -> dict[str, str]:
     """Return {key: help} of every setting there is."""
     lines = settings.helps(General)
@@ -126,6 +145,14 @@ def _read(key: str, text: str, default: Value) -> Value:
     except (KeyError, ValueError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         raise UsageError(f"setting {key}={text!r}: must be {kind}") from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
 
 
 def _table_classes() -> dict[str, type]:

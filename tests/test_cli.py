@@ -70,3 +70,54 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "--verbosely"])
     assert ended.value.code == 2
+
+
+def conf(text: str) -> str:
+    Path("settings.toml").write_text(text)
+    return "settings.toml"
+
+
+def test_words_go_over_a_file_and_a_file_over_the_defaults(tmp_path: Path) -> None:
+    file = conf(
+        'method = "coop"\nseed = 4\nnum-server-rounds = 1\n[prompt]\nn-ctx = 2\n'
+        '[data]\nalpha = 5.0\nnum-clients = 4\n[clip]\nmodel = "tiny"\npretrained = "tiny"\n'
+    )
+    words = ["device=cpu", "seed=5", "local-epochs=1", "run-dir=here"]
+    assert cli.main(["run", "--in-process", "--conf", file, *words]) == 0
+    settings = json.loads((tmp_path / "here" / "settings.json").read_text())
+    assert (settings["method"], settings["seed"]) == ("coop", 5)
+    assert (settings["prompt.n-ctx"], settings["clip.model"]) == (2, "tiny")
+    assert settings["batch-size"] == 32
+    options = cli._parse(["run", "--conf", file, "method=zeroshot", "--method", "promptfl"])
+    assert cli._words(options)["method"] == "promptfl"
+
+
+def test_compare_takes_a_file() -> None:
+    options = cli._parse(["compare", "--conf", conf("lr = 1"), "batch-size=8"])
+    assert cli._words(options) == {"lr": 1, "batch-size": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "settings.toml: cannot be read"),
+        ("seed = ", "settings.toml: not TOML"),
+        ("[data]\nnum-client = 3", "unknown setting 'data.num-client'; did you mean"),
+        ("[data]\nnum-clients = '3'", "setting data.num-clients='3': must be a whole number"),
+        ("[data]\nname = ['a']", "setting data.name=['a']: must be a text"),
+        ("[data.name]\nx = 1", "unknown setting 'data.name.x'"),
+        ("device = 3", "setting device=3: must be one of"),
+        ("\x00", "not TOML"),
+    ],
+)
+def test_an_error_in_a_file_names_file_and_key(
+    text: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        conf(text)
+    for command in ("run", "compare"):
+        assert cli.main([command, *WORDS, "--conf", "settings.toml"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("pfedmoap: settings.toml: ")
+        assert error.count("\n") == 1
+        assert said in error

@@ -263,10 +263,10 @@ def test_memory_decides_how_many_fit(federate: Federate, monkeypatch: pytest.Mon
         return side_by_side(answer, requests, at_once)
 
     monkeypatch.setattr(parallel, "_side_by_side", noted)
-    monkeypatch.setattr(parallel, "_cores", lambda: 3)
+    monkeypatch.setattr(parallel, "cores", lambda: 3)
     for memory, expected in ((1, 1), (10**12, 3)):
         widths.clear()
-        monkeypatch.setattr(parallel, "_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(parallel, "memory", lambda device, memory=memory: memory)
         federate(f"{memory}/run", clients_at_once=0, num_server_rounds=1)
         # evaluation, training, evaluation
         assert widths == [3, expected, 3]

@@ -34,13 +34,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get(ENVIRONMENT_VARIABLE, "~/.cache/pfedmoap")).expanduser()
 
 
+def file_of(name: str) -> Path:
+    """Return where the array of that name is kept."""
+    return cache_folder() / f"{name}.npy"
+
+
 def kept(name: str, rows: int, step: int, compute: Compute) -> np.ndarray:
     """Return the array (rows, ...) of that name, computed where it is not on disk or is damaged.
 
     It is mapped copy-on-write: processes share its pages, and writing to it changes no file.
     Raises UsageError where the cache folder cannot be written.
     """
-    path = cache_folder() / f"{name}.npy"
+    path = file_of(name)
     array = _whole(path, rows, step)
     if array is None:
         # One process computes, the others wait for its file

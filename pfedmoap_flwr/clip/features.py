@@ -1,12 +1,14 @@
 """Frozen image features: computed once per images, weights and preprocessing, mapped from disk."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 
-from pfedmoap_flwr.clip.cache import cache_folder, kept
+from pfedmoap_flwr.clip.cache import cache_folder, file_of, kept
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.tokens import project_positions
 from pfedmoap_flwr.data.images import image_digests
@@ -57,18 +59,6 @@ def read_images(
     if not len(images):
         return torch.empty(0)  # of no image there is nothing to read, not even a shape
     pictures = _digest(images)
-    described = {
-        "recipe": RECIPE,
-        "weights": clip.checkpoint_digest,
-        "model": clip.name,
-        "config": clip.config,
-        "preprocessing": asdict(clip.preprocessing),
-        "images": pictures,
-        "reads": reads,
-        "views": views,
-        "dtype": dtype,
-    }
-    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     step = max(1, BATCH // max(1, views))
 
     def compute(start: int) -> Generator[np.ndarray, None, None]:
@@ -78,9 +68,64 @@ def read_images(
         ):
             yield (block.unflatten(0, (-1, views)) if views else block).numpy()
 
-    return torch.from_numpy(kept(name, len(images), step, compute))
+    return torch.from_numpy(
+        kept(_name(clip, images, reads, views, dtype), len(images), step, compute)
+    )
 
 
+def read_splits(
+    clip: FrozenClip,
+    splits: Mapping[str, datasets.Dataset],
+    reads: Reads,
+    views: int = 0,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> dict[str, Tensor]:
+    """Return `read_images` of every split; views are of training images alone."""
+    return {
+        split: read_images(clip, images, reads, views * (split == "train"), dtype)
+        for split, images in splits.items()
+    }
+
+
+def feature_files(
+    clip: FrozenClip,
+    splits: Mapping[str, datasets.Dataset],
+    reads: Reads,
+    views: int = 0,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> dict[str, Path]:
+    """Return where `read_splits` keeps each split that has images, computed yet or not."""
+    return {
+        split: file_of(_name(clip, images, reads, views * (split == "train"), dtype))
+        for split, images in splits.items()
+        if len(images)
+    }
+
+
+def read_shape(clip: FrozenClip, reads: Reads) -> tuple[int, ...]:
+    """Return the shape of what is read of one view: (d,), or (T, d) of tokens."""
+    with clip.image_tower() as tower:
+        pixels = torch.zeros(1, 3, *to_2tuple(clip.preprocessing.size), device=clip.device)
+        return tuple(_positions(tower, pixels, reads).shape[1:])
+
+
+def _name(clip: FrozenClip, images: datasets.Dataset, reads: Reads, views: int, dtype: str) -> str:
+    """Return what names the features: a hash of all that decides their bytes."""
+    described = {
+        "recipe": RECIPE,
+        "weights": clip.checkpoint_digest,
+        "model": clip.name,
+        "config": clip.config,
+        "preprocessing": asdict(clip.preprocessing),
+        "images": _digest(images),
+        "reads": reads,
+        "views": views,
+        "dtype": dtype,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=6)  # a table never changes; two data sets of three splits
 def _digest(images: datasets.Dataset) -> str:
     """Hash the encoded bytes of all images, in their order."""
     digest = hashlib.sha256()

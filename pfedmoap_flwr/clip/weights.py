@@ -8,9 +8,10 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
 from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.pretrained import download_pretrained
+from open_clip.pretrained import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download_pretrained
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import safe_open
 from torch import Tensor
@@ -59,6 +60,22 @@ def find_checkpoint(model: str, weights: str) -> Path:
     """Return the file of `find_weights`'s answer; a published one is fetched on first use."""
     published = open_clip.get_pretrained_cfg(model, weights)
     return Path(download_pretrained(published) if published else weights)
+
+
+def held_checkpoint(model: str, weights: str) -> Path | None:
+    """Return the file of `find_weights`'s answer where it is on this machine; none is fetched."""
+    published = open_clip.get_pretrained_cfg(model, weights)
+    if not published:
+        return Path(weights)
+    if place := published.get("hf_hub", ""):
+        repository, _, name = place.rpartition("/")
+        # As open_clip: the safe one of two files first
+        safe = Path(name).with_suffix(".safetensors").name if name else HF_SAFE_WEIGHTS_NAME
+        names = (safe, name or HF_WEIGHTS_NAME)
+        found = [try_to_load_from_cache(repository, each) for each in names]
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+    path = Path("~/.cache/clip").expanduser() / Path(published.get("url", "")).name
+    return path if path.is_file() else None
 
 
 def find_preprocessing(model: str, weights: str) -> PreprocessCfg:

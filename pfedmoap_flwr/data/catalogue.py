@@ -34,7 +34,8 @@ class Source:
     `cut` says where splits come from. "published": the hub's; what is missing is cut from train.
     "coop": all images together, cut 50/20/30 by class. "coop-test": the published test images, and
     20% of the others for validation. `subset`: classes that are not ours are left out, as are those
-    `dropped`. `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
+    `dropped`. `size` and `num_domains` are what we use of the published images; 0: not known.
+    `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Source:
     subset: bool = False
     coop: CoopLayout | None = None
     licence: str = "unknown"
+    size: int = 0
+    num_domains: int = 1
     partition: str = ""
     clients: int = 0
 
@@ -84,6 +87,7 @@ _SOURCES = (
     Source(
         "flowers102",
         hub="dpdl-benchmark/oxford_flowers102",
+        size=8_189,
         template="a photo of a {}, a type of flower.",
         splits=("train", "validation", "test"),
         cut="coop",
@@ -94,6 +98,7 @@ _SOURCES = (
     Source(
         "oxford-pets",
         hub="timm/oxford-iiit-pet",
+        size=7_349,
         template="a photo of a {}, a type of pet.",
         cut="coop-test",
         coop=CoopLayout("oxford_pets", "images", "split_zhou_OxfordPets.json"),
@@ -104,6 +109,7 @@ _SOURCES = (
     Source(
         "food101",
         hub="ethz/food101",
+        size=101_000,
         template="a photo of {}, a type of food.",
         splits=("train", "validation"),
         cut="coop",
@@ -115,6 +121,7 @@ _SOURCES = (
     Source(
         "caltech101",
         hub="flwrlabs/caltech101",
+        size=8_242,
         splits=("train",),
         cut="coop",
         fixes=_CALTECH_FIXES,
@@ -127,6 +134,7 @@ _SOURCES = (
     Source(
         "dtd",
         hub="tanganke/dtd",
+        size=5_640,
         template="{} texture.",
         cut="coop",
         coop=CoopLayout("dtd", "images", "split_zhou_DescribableTextures.json"),
@@ -134,10 +142,18 @@ _SOURCES = (
         partition="pathological",
         clients=10,
     ),
-    Source("cifar10", hub="uoft-cs/cifar10", image="img", partition="dirichlet", clients=100),
+    Source(
+        "cifar10",
+        hub="uoft-cs/cifar10",
+        size=60_000,
+        image="img",
+        partition="dirichlet",
+        clients=100,
+    ),
     Source(
         "cifar100",
         hub="uoft-cs/cifar100",
+        size=60_000,
         image="img",
         label="fine_label",
         # The hub's class 26 has lost its last letter
@@ -148,6 +164,7 @@ _SOURCES = (
     Source(
         "domainnet",
         hub="wltjr1007/DomainNet",
+        num_domains=6,
         domain="domain",
         subset=True,
         licence="other",
@@ -156,6 +173,8 @@ _SOURCES = (
     ),
     Source(
         "office-caltech10",
+        size=2_533,
+        num_domains=4,
         domain="domain",
         splits=("train",),
         fixes={"back_pack": "backpack"},
@@ -165,18 +184,23 @@ _SOURCES = (
     Source(
         "fashion-mnist",
         hub="zalando-datasets/fashion_mnist",
+        size=70_000,
         fixes={**_FASHION_FIXES, "Trouser": "trousers"},
         licence="MIT",
     ),
     Source(
         "office-home",
         hub="flwrlabs/office-home",
+        size=15_588,
+        num_domains=4,
         domain="domain",
         splits=("train",),
         fixes={"Flipflops": "flip-flops", "Postit_Notes": "post-it notes"},
         licence="fair-use notice",
     ),
-    Source("pacs", hub="flwrlabs/pacs", domain="domain", splits=("train",)),
+    Source(
+        "pacs", hub="flwrlabs/pacs", size=9_991, num_domains=4, domain="domain", splits=("train",)
+    ),
 )
 CATALOGUE = {source.name: source for source in _SOURCES}
 

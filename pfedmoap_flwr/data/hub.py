@@ -8,9 +8,11 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
+import huggingface_hub.constants
 
 from pfedmoap_flwr.data.catalogue import FOLDER, Source
 from pfedmoap_flwr.data.splits import SPLITS
@@ -40,6 +42,28 @@ def from_hub(source: Source) -> dict[str, datasets.Dataset]:
             "where it is in the cache"
         ) from error
     return _splits(found, source)
+
+
+def is_cached(source: Source) -> bool:
+    """Tell whether the published tables lie ready in the cache; the hub is not asked."""
+    owner, _, name = source.hub.partition("/")
+    folder = f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}"
+    versions = Path(datasets.config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*/dataset_info.json")
+    return bool(source.hub) and any(v.parent.suffix != ".incomplete" for v in versions)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep to what is on this machine, as with HF_HUB_OFFLINE=1."""
+    places: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def is_table(path: Path) -> bool:

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.features import Reads, read_images
+from pfedmoap_flwr.clip.features import Reads, read_splits
 from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.catalogue import FOLDER
@@ -224,10 +224,5 @@ def _node(
     images = load_images(data)
     held = partition(images, data, seed) if owner is None else [whole(images, data, owner, seed)]
     frozen = load_clip(clip.model, clip.pretrained, device, clip.precision)
-    features = {
-        split: read_images(
-            frozen, images.splits[split], reads, views * (split == "train"), clip.features_dtype
-        )
-        for split in SPLITS
-    }
+    features = read_splits(frozen, images.splits, reads, views, clip.features_dtype)
     return _Node(frozen, images, {rows.client: rows for rows in held}, features)

@@ -14,10 +14,11 @@ import torch
 from flwr.app import Context, Message, MessageType
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.clip.load import resolve_device
+from pfedmoap_flwr.clip.load import FrozenClip, resolve_device
 from pfedmoap_flwr.federation import client, together, work
 from pfedmoap_flwr.federation.client import Client
 from pfedmoap_flwr.federation.work import Training
+from pfedmoap_flwr.methods import Method
 
 Answer = Callable[[Message, Context], Message]
 Request = tuple[Message, Context]
@@ -34,15 +35,13 @@ def answer_all(answer: Answer, requests: Sequence[Request]) -> list[Message]:
     settings = config.parse(requests[0][1].run_config) if requests else config.Settings()
     on_cpu = resolve_device(settings.device).type == "cpu"
     if asked == MessageType.TRAIN:
-        at_once = settings.clients_at_once or _fitting(
-            requests[0], _cores() if on_cpu else MOST_STACKED
-        )
+        at_once = settings.clients_at_once or _fitting(requests[0])
         if on_cpu:
             return _side_by_side(answer, requests, at_once)
         slices = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
         return [reply for part in slices for reply in train_stacked(answer, part)]
     if asked == MessageType.EVALUATE and on_cpu:
-        return _side_by_side(answer, requests, settings.clients_at_once or _cores())
+        return _side_by_side(answer, requests, settings.clients_at_once or cores())
     return [answer(*request) for request in requests]
 
 
@@ -99,29 +98,35 @@ def _side_by_side(answer: Answer, requests: Sequence[Request], at_once: int) -> 
         torch.set_num_threads(threads)
 
 
-def _fitting(request: Request, most: int) -> int:
-    """Return how many clients train at once: what memory allows, and at most so many.
-
-    From the device's whole memory, not from what is free, so that a repeat chooses the same.
-    """
+def _fitting(request: Request) -> int:
     try:
         awake = client.awake(*request)
         training = awake.training(request[0])
     except Exception:
         return 1  # the client will say what is wrong when it is asked
-    frozen = {p.untyped_storage().data_ptr() for p in awake.clip.model.parameters()}
-    stack = work.stacked(awake.method, [training])
-    batch = work.first_images([training], awake.method.settings.batch_size)
+    return fitting(awake.method, awake.clip, training)
+
+
+def fitting(method: Method, clip: FrozenClip, training: Training) -> int:
+    """Return how many clients like this one train at once: what memory and cores allow.
+
+    From the device's whole memory, not from what is free, so that a repeat chooses the same.
+    """
+    frozen = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}
+    stack = work.stacked(method, [training])
+    batch = work.first_images([training], method.settings.batch_size)
     needed = together.saved_bytes(stack, *batch, without=frozen)
-    fits = int(MEMORY_SHARE * _memory(awake.clip.device)) // max(1, needed)
-    return max(1, min(fits, most))
+    fits = int(MEMORY_SHARE * memory(clip.device)) // max(1, needed)
+    return max(1, min(fits, cores() if clip.device.type == "cpu" else MOST_STACKED))
 
 
-def _memory(device: torch.device) -> int:
+def memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has in all."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

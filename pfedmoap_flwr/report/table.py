@@ -60,5 +60,10 @@ def traffic(summary: Mapping[str, Any]) -> str:
     return f"{down:,} down, {up:,} up"
 
 
+def megabytes(size: float) -> str:
+    """Return a number of bytes as "13.5 MB", or "8.2 GB"."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _seeds(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
     return min(len(runs) for runs in summaries.values())

@@ -1,0 +1,193 @@
+"""pfedmoap doctor: what this machine has, and whether a run with these settings can start here."""
+
+import argparse
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import open_clip
+import psutil
+import torch
+from rich.console import Console
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr.clip.cache import ENVIRONMENT_VARIABLE, cache_folder
+from pfedmoap_flwr.clip.features import feature_files, read_shape
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
+from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
+from pfedmoap_flwr.commands.data import is_here
+from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data.catalogue import CATALOGUE, find_source
+from pfedmoap_flwr.data.hub import offline
+from pfedmoap_flwr.data.images import ImageData, load_images
+from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.federation.parallel import cores, fitting
+from pfedmoap_flwr.federation.work import Split, Training
+from pfedmoap_flwr.methods import Method, Task, Upload
+from pfedmoap_flwr.report.table import megabytes
+
+PACKAGES = (
+    *("pfedmoap-flwr", "flwr", "ray", "torch", "torchvision", "open_clip_torch", "datasets"),
+    *("huggingface_hub", "numpy", "matplotlib"),
+)
+
+
+def doctor(options: argparse.Namespace, console: Console) -> None:
+    """Say what this machine has, and whether a run with these settings can start without network.
+
+    The hub is not asked. HF_HUB_OFFLINE=1 keeps a run from asking it too.
+    """
+    settings = config.parse(options.words)
+    _say(console, "python", f"{platform.python_version()} on {platform.platform()}")
+    _say(console, "packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    _say(console, "cuda", _cuda())
+    memory = psutil.virtual_memory()
+    _say(console, "cpu", f"{cores()} cores for this process, {platform.machine()}")
+    _say(
+        console,
+        "memory",
+        f"{megabytes(memory.total)}, {megabytes(memory.available)} of it available",
+    )
+    room = shutil.disk_usage(_existing(cache_folder())).free
+    _say(console, "cache", f"{cache_folder()}, {megabytes(room)} free ({ENVIRONMENT_VARIABLE})")
+    _say(console, "data here", ", ".join(s.name for s in CATALOGUE.values() if is_here(s)))
+    _say(console, "weights here", f"for {settings.clip.model}: {_weights_here(settings)}")
+    hub = "HF_HUB_OFFLINE=1: a run asks it for nothing"
+    unset = "not asked now; a run may ask it unless HF_HUB_OFFLINE=1"
+    _say(console, "hub", hub if os.environ.get("HF_HUB_OFFLINE", "0") != "0" else unset)
+    with offline():
+        _check(settings, room, console)
+    _say(console, "verdict", "a run with these settings can start, without network")
+
+
+def _check(settings: Settings, room: int, console: Console) -> None:
+    """Do what a run begins with. Raises UsageError that says what is missing."""
+    method = methods.load(settings.method)(settings)
+    resolve_device(settings.device)
+    images = _images(settings)
+    clients = partition(images, settings.data, settings.seed)
+    sizes = [len(client.rows["train"]) for client in clients]
+    _say(console, "data", f"{images.name}, {min(sizes)} to {max(sizes)} training images a client")
+    clip = _clip(settings)
+    _say(console, "weights", f"{clip.checkpoint} on {clip.device.type}")
+    shape = read_shape(clip, method.reads)
+    _say(console, "features", _features(settings, method, clip, images, shape, room))
+    if not os.access(_existing(cache_folder()), os.W_OK):
+        raise UsageError(
+            f"{cache_folder()} cannot be written; set {ENVIRONMENT_VARIABLE} to another folder"
+        )
+    training = _rehearsal(settings, method, clip, images, shape)
+    at_once = settings.clients_at_once or fitting(method, clip, training)
+    chosen = "clients-at-once" if settings.clients_at_once else "what memory and cores allow"
+    _say(console, "at once", f"{at_once} of {len(clients)} clients train in process ({chosen})")
+
+
+def _images(settings: Settings) -> ImageData:
+    source = find_source(settings.data.name)
+    if source.hub and not settings.data.path and not is_here(source):
+        raise UsageError(
+            f"the images of {source.name} are not on this machine; get them with "
+            f"pfedmoap data prepare data.name={source.name}, or set data.path to a local copy"
+        )
+    return load_images(settings.data)
+
+
+def _clip(settings: Settings) -> FrozenClip:
+    model, pretrained = settings.clip.model, settings.clip.pretrained
+    if held_checkpoint(model, find_weights(model, pretrained)) is None:
+        raise UsageError(
+            f"weights '{pretrained}' for {model} are not on this machine; get them with "
+            f"pfedmoap data prepare clip.model={model} clip.pretrained={pretrained}, or give a "
+            "local checkpoint with clip.pretrained=/path/to/file"
+        )
+    return load_clip(model, pretrained, settings.device, settings.clip.precision)
+
+
+def _features(
+    settings: Settings,
+    method: Method,
+    clip: FrozenClip,
+    images: ImageData,
+    shape: tuple[int, ...],
+    room: int,
+) -> str:
+    """Say what is computed already. Raises UsageError where the rest has no room."""
+    dtype = settings.clip.features_dtype
+    files = feature_files(clip, images.splits, method.reads, method.views, dtype)
+    missing = [split for split, file in files.items() if not file.exists()]
+    if not missing:
+        return "computed already"
+    each = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+    views = {split: max(1, method.views * (split == "train")) for split in missing}
+    needed = sum(len(images.splits[split]) * views[split] * each for split in missing)
+    if needed > room:
+        raise UsageError(
+            f"image features take {megabytes(needed)} and {cache_folder()} has {megabytes(room)}; "
+            f"make room there, or set {ENVIRONMENT_VARIABLE} to another folder"
+        )
+    return f"{megabytes(needed)} to compute first ({', '.join(missing)})"
+
+
+def _rehearsal(
+    settings: Settings, method: Method, clip: FrozenClip, images: ImageData, shape: tuple[int, ...]
+) -> Training:
+    """Return a client's training in a later round, when all have uploaded, on empty images."""
+    task = Task(images.classnames, settings.data.template or images.template)
+    head = method.build(clip, task)
+    server = method.start(head)
+    uploads = {i: Upload(dict(server.shared), 1) for i in range(settings.data.num_clients)}
+    method.merge(server, uploads)
+    received = {n: t.to(clip.device) for n, t in method.send(server, 0, train=True).items()}
+    head.receive(received)
+    views = (method.views,) if method.views else ()
+    labels = torch.zeros(settings.batch_size, dtype=torch.long, device=clip.device)
+    features = torch.zeros(len(labels), *views, *shape, device=clip.device)
+    return Training(0, head, Split(features, labels), received)
+
+
+def _cuda() -> str:
+    """Name the CUDA devices, or why there is none."""
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(f"{device.name} with {megabytes(device.total_memory)}" for device in found)
+    if torch.version.cuda is None:
+        return "no: this torch was built without it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"no: {str(error).splitlines()[0]}"
+    return "no device"
+
+
+def _weights_here(settings: Settings) -> str:
+    """Name the weights of the chosen model that a run can load without network."""
+    model = settings.clip.model
+    open_clip.add_model_config(asset("clip"))
+    found = []
+    if (asset("clip") / f"{model}.safetensors").is_file():
+        found.append(f"{model} (bundled)")
+    if Path(settings.clip.pretrained).is_file():
+        found.append(settings.clip.pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    found += [f"{tag} (cached)" for tag in tags if held_checkpoint(model, tag)]
+    return ", ".join(found) or "none"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above that there is already."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _say(console: Console, what: str, line: str) -> None:
+    console.print(f"{what:13} {line}", highlight=False, soft_wrap=True, markup=False)
