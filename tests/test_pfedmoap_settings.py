@@ -78,6 +78,7 @@ def test_the_schedule_of_every_client_in_every_round(
         ({"prompt.class-token-position": "middle", "prompt.class-specific": True}, (4, 4, 32)),
         ({"prompt.n-ctx": 1}, (1, 32)),
         ({"pfedmoap.gate": "none"}, (4, 32)),
+        ({"pfedmoap.gate-shared": True}, (4, 32)),
         ({"pfedmoap.d-gating": 64, "pfedmoap.heads": 1}, (4, 32)),
         ({"data.shots": 1}, (4, 32)),
         ({"data.partition": "pathological"}, (4, 32)),
@@ -126,3 +127,21 @@ def test_widths_that_do_not_divide_are_named_before_any_training(
     assert "must divide" in (tmp_path / "run" / "error.txt").read_text()
     # Without a gate nothing has to divide
     federate("other", num_server_rounds=1, flat={**changes, "pfedmoap.gate": "none"})
+
+
+def test_a_shared_gate_is_averaged_like_the_prompt(
+    federate: Federate, wire: list[Exchange]
+) -> None:
+    run = federate(num_server_rounds=2, local_epochs=1, flat={"pfedmoap.gate-shared": True})
+    server = checkpoint.load(run.path)
+    uploads = {e.client: e.up for e in trained(wire) if e.round == 2}
+    names = {name for name in server.shared if name.startswith("gate.")}
+    assert len(names) == 8
+    total = sum(server.examples.values())
+    for name in names:
+        mean = sum(uploads[i][name].double() * n / total for i, n in server.examples.items())
+        torch.testing.assert_close(server.shared[name], mean.float())
+        assert not torch.equal(uploads[0][name], uploads[1][name])
+    # What came down overwrote the client's own
+    down = [e.down for e in trained(wire) if e.round == 2]
+    assert all(torch.equal(d["gate.out.bias"], down[0]["gate.out.bias"]) for d in down)

@@ -33,6 +33,7 @@ class PFedMoAPSettings:
     d_gating: int = setting(128, "width of the gate, a divisor of CLIP's", low=1)
     heads: int = setting(8, "attention heads of the gate, a divisor of d-gating", low=1)
     gate_lr: float = setting(0.01, "learning rate of the gate (SGD)", above=0)
+    gate_shared: bool = setting(False, "average the gate like the prompt, as in Table 7's ablation")
 
 
 class AttentionGate(nn.Module):
@@ -142,7 +143,12 @@ class PFedMoAP(Method):
     """Alg. 1: P_g and the K experts down; prompt and gate trained jointly; only the prompt up."""
 
     table = PFedMoAPSettings
-    personal = ("gate",)
+    personal: tuple[str, ...] = ("gate",)
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        if self.own.gate_shared:
+            self.personal = ()
 
     def build(self, clip: FrozenClip, task: Task) -> Head:
         """Return the prompt with its gate."""
@@ -150,7 +156,8 @@ class PFedMoAP(Method):
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the gate's own constant rate, or the prompt's."""
-        return self.own.gate_lr if self.is_personal(name) else super().lr(name, epoch, epochs)
+        of_gate = name.startswith("gate.")
+        return self.own.gate_lr if of_gate else super().lr(name, epoch, epochs)
 
     def send(self, server: Server, client: int, *, train: bool) -> dict[str, Tensor]:
         """Return what `deliveries` yields for one client."""
