@@ -1,10 +1,8 @@
 """Every file of conf/ is a set of settings that exist."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
-from test_settings import flatten
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.data.catalogue import find_source
@@ -24,7 +22,7 @@ CONF = sorted((Path(__file__).parent.parent / "conf").glob("*.toml"))
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_a_conf_file_is_valid(path: Path) -> None:
-    config.parse(flatten(tomllib.loads(path.read_text())))
+    config.parse(config.parse_file(path))
 
 
 TABLES = [path for path in CONF if path.stem.startswith("table")]
@@ -32,7 +30,7 @@ TABLES = [path for path in CONF if path.stem.startswith("table")]
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_table_of_the_paper_has_its_data_and_its_clients(path: Path) -> None:
-    settings = config.parse(flatten(tomllib.loads(path.read_text())))
+    settings = config.parse(config.parse_file(path))
     source = find_source(settings.data.name)
     assert source.name in path.stem
     assert (settings.data.partition, settings.data.num_clients) == (

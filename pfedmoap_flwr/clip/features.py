@@ -80,9 +80,9 @@ def read_splits(
     views: int = 0,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> dict[str, Tensor]:
-    """Return `read_images` of every split; views are of training images alone."""
+    """Return `read_images` of every split."""
     return {
-        split: read_images(clip, images, reads, views * (split == "train"), dtype)
+        split: read_images(clip, images, reads, views_of(split, views), dtype)
         for split, images in splits.items()
     }
 
@@ -96,10 +96,15 @@ def feature_files(
 ) -> dict[str, Path]:
     """Return where `read_splits` keeps each split that has images, computed yet or not."""
     return {
-        split: file_of(_name(clip, images, reads, views * (split == "train"), dtype))
+        split: file_of(_name(clip, images, reads, views_of(split, views), dtype))
         for split, images in splits.items()
         if len(images)
     }
+
+
+def views_of(split: str, views: int) -> int:
+    """Return how many views a split has: they are of training images alone."""
+    return views if split == "train" else 0
 
 
 def read_shape(clip: FrozenClip, reads: Reads) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip.cache import ENVIRONMENT_VARIABLE, cache_folder
-from pfedmoap_flwr.clip.features import feature_files, read_shape
+from pfedmoap_flwr.clip.features import feature_files, read_shape, views_of
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
 from pfedmoap_flwr.commands.data import is_here
@@ -122,7 +122,7 @@ def _features(
     if not missing:
         return "computed already"
     each = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-    views = {split: max(1, method.views * (split == "train")) for split in missing}
+    views = {split: max(1, views_of(split, method.views)) for split in missing}
     needed = sum(len(images.splits[split]) * views[split] * each for split in missing)
     if needed > room:
         raise UsageError(
