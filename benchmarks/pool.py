@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import in_fresh_process, peak_bytes, peak_resident, report, seconds
-from pfedmoap_flwr import nearest
+from pfedmoap_flwr.methods.parts import nearest
 
 CPU = torch.device("cpu")
 TOKENS, EXPERTS = 16, 9

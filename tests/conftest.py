@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.federation import inprocess, records
-from pfedmoap_flwr.federation.inprocess import FIRST_NODE_ID, InProcessGrid, run_in_process
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.engines import in_process
+from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
+from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.runs.folder import RunFolder
 
 CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
 DOMAINS = ["photo", "sketch"]
@@ -146,7 +147,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[Exchange]:
                     exchanges.append(_exchange(message, self._replies[ids[-1]]))
             return ids
 
-    monkeypatch.setattr(inprocess, "InProcessGrid", RecordingGrid)
+    monkeypatch.setattr(in_process, "InProcessGrid", RecordingGrid)
     return exchanges
 
 
@@ -156,8 +157,8 @@ def _exchange(message: Message, reply: Message) -> Exchange:
         kind=message.metadata.message_type,
         round=int(message.content["config"]["round"]),
         client=message.metadata.dst_node_id - FIRST_NODE_ID,
-        down=records.to_tensors(message.content["arrays"]),
-        up={} if up is None else records.to_tensors(up),
+        down=messages.to_tensors(message.content["arrays"]),
+        up={} if up is None else messages.to_tensors(up),
         message=message,
         reply=reply,
     )

@@ -13,8 +13,8 @@ from uuid import uuid4
 
 import psutil
 
-from pfedmoap_flwr.federation.launch import flower_environment
-from pfedmoap_flwr.report.run_folder import RoundRecord
+from pfedmoap_flwr.engines.simulation import flower_environment
+from pfedmoap_flwr.runs.folder import RoundRecord
 
 APP = Path(__file__).resolve().parent.parent
 MARK = "PFEDMOAP_TEST_PROCESSES"

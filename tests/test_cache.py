@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pfedmoap_flwr.clip import cache as store
-from pfedmoap_flwr.clip.cache import kept
+from pfedmoap_flwr import cache as store
+from pfedmoap_flwr.cache import kept
 from pfedmoap_flwr.errors import UsageError
 
 

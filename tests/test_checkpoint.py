@@ -9,12 +9,12 @@ import torch
 from conftest import tensor_files
 from torch import Tensor
 
-from pfedmoap_flwr.cli import make_plan
+from pfedmoap_flwr.cli.main import make_plan
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import checkpoint, kept
-from pfedmoap_flwr.federation.kept import KeptHeads
 from pfedmoap_flwr.methods import Server
-from pfedmoap_flwr.report.run_folder import RunFolder, load_settings
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder, load_settings
+from pfedmoap_flwr.runs.heads import KeptHeads
 
 Federate = Callable[..., RunFolder]
 SHORT = {"local_epochs": 1, "batch_size": 16}
@@ -94,7 +94,7 @@ def test_a_torn_checkpoint_leaves_the_old_one(
 ) -> None:
     checkpoint.save(servers()["class-specific"], tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    monkeypatch.setattr(f"pfedmoap_flwr.federation.checkpoint.{where}", broken)
+    monkeypatch.setattr(f"pfedmoap_flwr.runs.checkpoint.{where}", broken)
     with pytest.raises(OSError, match=r"space|killed"):
         checkpoint.save(servers()["before round 1"], tmp_path)
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_a_torn_head_leaves_the_old_one(
 ) -> None:
     heads = KeptHeads(tmp_path)
     heads.save(1, head(1.0))
-    monkeypatch.setattr(f"{kept.__name__}.{where}", broken)
+    monkeypatch.setattr(f"{heads.__name__}.{where}", broken)
     with pytest.raises(OSError, match=r"space|killed"):
         heads.save(2, head(2.0))
     monkeypatch.undo()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from pfedmoap_flwr import cli
+from pfedmoap_flwr.cli import main as cli
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 

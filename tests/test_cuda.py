@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfedmoap_flwr import methods
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this machine has no CUDA device"

@@ -13,10 +13,10 @@ from conftest import CLASSNAMES, DOMAINS, NUM_CLIENTS, PER_CLASS, TINY
 from copies import tables, write_parquet
 from PIL import Image
 
-from pfedmoap_flwr import cli
+from pfedmoap_flwr.cli import main as cli
+from pfedmoap_flwr.cli.data import place
 from pfedmoap_flwr.clip import features
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.commands.data import place
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER
 from pfedmoap_flwr.data.images import SPLITS
 

@@ -11,10 +11,10 @@ from deployment import Processes, accuracies, losses, processes, stop, wait_for_
 from safetensors.torch import load_file
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.federation import checkpoint
-from pfedmoap_flwr.federation.inprocess import run_in_process
-from pfedmoap_flwr.federation.launch import free_port
-from pfedmoap_flwr.report.run_folder import RoundRecord, RunFolder
+from pfedmoap_flwr.engines.in_process import run_in_process
+from pfedmoap_flwr.engines.simulation import free_port
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RoundRecord, RunFolder
 
 CLIENTS = 2
 SETTINGS: dict[str, Any] = {

@@ -8,8 +8,8 @@ from conftest import TINY
 from copies import write_tree
 from deployment import processes, wait_for_port
 
-from pfedmoap_flwr.federation.launch import free_port
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.engines.simulation import free_port
+from pfedmoap_flwr.runs.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
     **TINY,

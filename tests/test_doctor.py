@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import NUM_CLIENTS, TINY
 
-from pfedmoap_flwr import cli, config, methods
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.cli import doctor
+from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.clip.weights import held_checkpoint
-from pfedmoap_flwr.commands import doctor
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.federation import parallel
 

@@ -26,7 +26,7 @@ from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import features, load
 from pfedmoap_flwr.clip.features import read_images
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip
-from pfedmoap_flwr.clip.tokens import project_positions
+from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client
 

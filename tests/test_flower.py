@@ -21,8 +21,8 @@ from deployment import (
     processes,
 )
 
-from pfedmoap_flwr.federation.launch import free_port
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.engines.simulation import free_port
+from pfedmoap_flwr.runs.folder import RunFolder
 
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
 STOP_SECONDS = 20.0

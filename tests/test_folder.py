@@ -16,13 +16,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data import folder as folders
 from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, load_images
+from pfedmoap_flwr.data.sources import folder as folders
+from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import client, inprocess
-from pfedmoap_flwr.federation.inprocess import FIRST_NODE_ID, InProcessGrid
-from pfedmoap_flwr.report import table
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.federation import client
+from pfedmoap_flwr.report import tables
+from pfedmoap_flwr.runs.folder import RunFolder
 
 PETS = {"cat": 20, "red_panda": 20}
 
@@ -227,7 +227,7 @@ def test_a_missing_file_of_a_csv_is_broken(tmp_path: Path) -> None:
 
 def context(number: int, folder: Path, flat: dict[str, Any]) -> Any:
     node = {"partition-id": number, "num-partitions": 9, "data-dir": str(folder)}
-    return inprocess._context(FIRST_NODE_ID + number, node, config.parse(flat).flat())
+    return in_process._context(FIRST_NODE_ID + number, node, config.parse(flat).flat())
 
 
 def query(folder: Path, **flat: Any) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def federation(tmp_path: Path) -> Federation:
         settings |= {"state-dir": str(run_dir / "clients")}
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         contexts = {FIRST_NODE_ID + i: context(i, path, settings) for i, path in enumerate(dirs)}
-        server = inprocess._context(0, {}, config.parse(settings).flat())
+        server = in_process._context(0, {}, config.parse(settings).flat())
         server_app.app(InProcessGrid(client_app.app, contexts), server)
         return RunFolder(run_dir)
 
@@ -384,8 +384,8 @@ def test_without_any_test_image_tables_say_so(
     run = federation([tmp_path / "a"])
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["personal_accuracy"] is summary["worst_client_accuracy"] is None
-    table.print_summary(summary, Console())
-    table.print_comparison({"pfedmoap": [summary]}, Console())
+    tables.print_summary(summary, Console())
+    tables.print_comparison({"pfedmoap": [summary]}, Console())
     assert "personal accuracy" in capsys.readouterr().out
 
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
-from pfedmoap_flwr.federation import work
 from pfedmoap_flwr.methods.base import Task
 from pfedmoap_flwr.methods.pfedmoap import AttentionGate, PFedMoAPHead
 from pfedmoap_flwr.randomness import torch_generator
+from pfedmoap_flwr.training import local
 
 Array = NDArray[np.float64]
 
@@ -305,14 +305,14 @@ def test_experts_are_encoded_once_for_each_delivery() -> None:
     counting: Any = CountingEncoder(head.encoder)
     head.encoder = counting
     method = methods.load("pfedmoap")(config.parse({**TINY, "local-epochs": 3, "batch-size": 4}))
-    data = work.Split(random_images(8), torch.arange(8) % 4)
-    local, borrowed = (4, 32), (2, 4, 32)
+    data = local.Split(random_images(8), torch.arange(8) % 4)
+    own, borrowed = (4, 32), (2, 4, 32)
     for delivery in range(2):
         counting.shapes.clear()
         prompts = random_prompts(2, head) * (delivery + 1)
         head.receive({"experts": prompts})
-        work.train(method, [work.Training(0, head, data, {})], 1)
-        work.accuracies(head, {"all": data})
+        local.train(method, [local.Training(0, head, data, {})], 1)
+        local.accuracies(head, {"all": data})
         # 3 epochs of 2 steps, and an evaluation
         assert counting.shapes.count(local) == 7
         assert counting.shapes.count(borrowed) == 1

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip
-from pfedmoap_flwr.data.cuts import CUTS
 from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, duplicates
 from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.federation import client
 
 CLASSES, DOMAINS = 6, 3

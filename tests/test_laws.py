@@ -25,11 +25,13 @@ from pfedmoap_flwr.clip.features import read_images
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
-from pfedmoap_flwr.federation import checkpoint, client, records, work
-from pfedmoap_flwr.federation.kept import KeptHeads
+from pfedmoap_flwr.federation import client, messages
 from pfedmoap_flwr.methods import Head, Method, Task, Upload
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import key_of
+from pfedmoap_flwr.training import local
 
 Federate = Callable[..., RunFolder]
 every_method = pytest.mark.parametrize("method", methods.names())
@@ -113,8 +115,8 @@ def order_of_images(seed: int, number: int, server_round: int) -> tuple[int, ...
         return features.sum() * sum(parameter.sum() for parameter in head.parameters())
 
     method.loss = loss  # type: ignore[method-assign]
-    data = work.Split(torch.ones(20, 64), torch.arange(20))
-    work.train(method, [work.Training(number, head, data, {})], server_round)
+    data = local.Split(torch.ones(20, 64), torch.arange(20))
+    local.train(method, [local.Training(number, head, data, {})], server_round)
     first, second = seen[:20], seen[20:]
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
@@ -317,8 +319,8 @@ def test_12_clients_share_no_part_of_a_message(
 def test_12_the_server_and_its_messages_share_no_storage(method: str) -> None:
     made_method, _, head = made(method)
     server = made_method.start(head)
-    sent = records.to_arrays(made_method.send(server, 0, train=True))
-    received = records.to_tensors(sent)
+    sent = messages.to_arrays(made_method.send(server, 0, train=True))
+    received = messages.to_tensors(sent)
     uploads = {0: Upload(made_method.upload(head, received), 1)}
     made_method.merge(server, uploads)
     state = [server.shared, server.extra, *server.pool.values(), dict(head.named_parameters())]
@@ -327,7 +329,7 @@ def test_12_the_server_and_its_messages_share_no_storage(method: str) -> None:
     for tensors in state:
         for tensor in tensors.values():
             tensor.data.fill_(7)
-    torch.testing.assert_close(records.to_tensors(sent), received, rtol=0, atol=0)
+    torch.testing.assert_close(messages.to_tensors(sent), received, rtol=0, atol=0)
     assert not any((tensor == 7).any() for tensor in received.values())
 
 
@@ -341,7 +343,7 @@ def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None
     images = load_images("emoji-domains")
     rows = np.arange(0, 96, 12)
     features = read_images(clip, images.splits["train"], made_method.reads)[rows]
-    data = work.Split(features, torch.from_numpy(images.column("train", "label")[rows]))
+    data = local.Split(features, torch.from_numpy(images.column("train", "label")[rows]))
     assert data.labels.bincount().tolist() == [2, 2, 2, 2]
     server = made_method.start(head)
     if participation == "later":
@@ -349,12 +351,12 @@ def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None
         made_method.merge(server, {0: upload, 1: upload})
     received = made_method.send(server, 0, train=True)
     head.receive(received)
-    training = work.Training(0, head, data, received)
+    training = local.Training(0, head, data, received)
     if not list(head.parameters()):
-        assert work.train(made_method, [training], 1) == {0: None}
+        assert local.train(made_method, [training], 1) == {0: None}
         return
     before = made_method.loss(head, data.features, data.labels, received).item()
-    assert work.accuracies(head, {"all": data})["all"] < 1
-    after = work.train(made_method, [training], 1)[0]
-    assert work.accuracies(head, {"all": data})["all"] == 1
+    assert local.accuracies(head, {"all": data})["all"] < 1
+    after = local.train(made_method, [training], 1)[0]
+    assert local.accuracies(head, {"all": data})["all"] == 1
     assert after < before / 4

@@ -13,10 +13,13 @@ from flwr.app import Message
 from torch import Tensor
 
 from pfedmoap_flwr import methods
-from pfedmoap_flwr.cli import execute, make_plan
-from pfedmoap_flwr.federation import checkpoint, inprocess, strategy, work
-from pfedmoap_flwr.federation.inprocess import FIRST_NODE_ID, InProcessGrid
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.cli.main import execute, make_plan
+from pfedmoap_flwr.engines import in_process
+from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
+from pfedmoap_flwr.federation import strategy
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import local
 
 Federate = Callable[..., RunFolder]
 Kill = Callable[[pytest.MonkeyPatch, int], None]
@@ -43,7 +46,7 @@ def kill_while_training(monkeypatch: pytest.MonkeyPatch, server_round: int) -> N
                 raise Killed
             return ids + list(super().push_messages(messages[2:]))
 
-    monkeypatch.setattr(inprocess, "InProcessGrid", MortalGrid)
+    monkeypatch.setattr(in_process, "InProcessGrid", MortalGrid)
 
 
 def kill_before_checkpoint(monkeypatch: pytest.MonkeyPatch, server_round: int) -> None:
@@ -149,7 +152,7 @@ def test_4_the_order_of_work_and_of_replies_is_irrelevant(
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             return of_replies(list(super().pull_messages(message_ids)))
 
-    monkeypatch.setattr(inprocess, "InProcessGrid", DisorderlyGrid)
+    monkeypatch.setattr(in_process, "InProcessGrid", DisorderlyGrid)
     random.seed(3)
     assert_same(federate("disorderly/run", method=method, **SHORT), orderly)
 
@@ -186,14 +189,14 @@ def test_5_a_client_that_raises_changes_nothing_else(
     with pytest.MonkeyPatch.context() as patch:
         leave_out(patch, 2)
         expected = federate("absent/run", **options)
-    train = work.train
+    train = local.train
 
     def fragile(method: Any, trainings: list[Any], server_round: int) -> dict[int, float | None]:
         if server_round == 2 and BROKEN in [training.client for training in trainings]:
             raise RuntimeError("out of memory")
         return train(method, trainings, server_round)
 
-    monkeypatch.setattr(work, "train", fragile)
+    monkeypatch.setattr(local, "train", fragile)
     run = federate("failed/run", **options)
     assert [record.failed for record in run.rounds()] == [
         {},
@@ -224,7 +227,7 @@ def test_5_an_upload_that_is_lost_changes_nothing_else(
                     del self._replies[ids[-1]]
             return ids
 
-    monkeypatch.setattr(inprocess, "InProcessGrid", LossyGrid)
+    monkeypatch.setattr(in_process, "InProcessGrid", LossyGrid)
     run = federate("lost/run", method=method, **SHORT)
     assert run.rounds()[2].failed == {BROKEN: "train: no reply"}
     # That client did train: its own head, and its own accuracy with it, are another's
@@ -244,7 +247,7 @@ def of_others(files: dict[str, bytes]) -> dict[str, bytes]:
 def test_5_a_failure_is_named_by_what_failed(
     eval_every: int, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, accuracies = work.train, work.accuracies
+    train, accuracies = local.train, local.accuracies
     evaluated: list[int] = []
 
     def fragile_train(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
@@ -258,8 +261,8 @@ def test_5_a_failure_is_named_by_what_failed(
             raise RuntimeError("cannot evaluate")
         return accuracies(*arguments)
 
-    monkeypatch.setattr(work, "train", fragile_train)
-    monkeypatch.setattr(work, "accuracies", fragile_accuracies)
+    monkeypatch.setattr(local, "train", fragile_train)
+    monkeypatch.setattr(local, "accuracies", fragile_accuracies)
     run = federate(eval_every=eval_every, num_server_rounds=3, **SHORT)
     assert [record.failed for record in run.rounds()] == [
         {0: "evaluate: RuntimeError: cannot evaluate"},

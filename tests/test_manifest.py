@@ -12,7 +12,6 @@ from conftest import TINY
 from tables import even_table
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data.cuts import CUTS
 from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
@@ -22,9 +21,10 @@ from pfedmoap_flwr.data.partition import (
     manifest,
     partition,
 )
+from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client, server
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs.folder import RunFolder
 
 Federate = Callable[..., RunFolder]
 IMAGES = even_table()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tables import even_table, table
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data.cuts import CUTS, evenly, nearest
 from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
 from pfedmoap_flwr.data.partition import (
     MIN_TEST,
@@ -22,6 +21,7 @@ from pfedmoap_flwr.data.partition import (
     class_counts,
     partition,
 )
+from pfedmoap_flwr.data.partitioners import CUTS, evenly, nearest
 from pfedmoap_flwr.errors import UsageError
 
 PARTITIONS = list(CUTS)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
-from pfedmoap_flwr.federation import checkpoint, work
 from pfedmoap_flwr.federation import client as client_module
-from pfedmoap_flwr.federation.kept import KeptHeads
 from pfedmoap_flwr.federation.strategy import PromptStrategy
 from pfedmoap_flwr.methods import Head, Task, Upload
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.runs.heads import KeptHeads
+from pfedmoap_flwr.training import local
 
 Federate = Callable[..., RunFolder]
 
@@ -44,7 +45,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.after: dict[tuple[int, int], dict[str, Tensor]] = {}
-        train = work.train
+        train = local.train
 
         def watched(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
             (training,) = trainings
@@ -54,7 +55,7 @@ class Watch:
             self.after[when] = training.head.kept()
             return losses
 
-        monkeypatch.setattr(work, "train", watched)
+        monkeypatch.setattr(local, "train", watched)
 
 
 @pytest.fixture
@@ -317,6 +318,6 @@ def test_the_personal_model_is_what_the_last_training_left(
             head.receive(kept)
             assert isinstance(head, PFedMoAPHead)
             assert (head.experts is None) == ("experts" not in kept)
-            (expected,) = work.accuracies(head, {"test": node.splits(client)["test"]}).values()
+            (expected,) = local.accuracies(head, {"test": node.splits(client)["test"]}).values()
             assert record.clients[client]["personal-accuracy"] == expected
     assert any("experts" in kept for kept in last.values())

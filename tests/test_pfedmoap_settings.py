@@ -11,8 +11,8 @@ from conftest import NUM_CLIENTS, Exchange
 
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import checkpoint
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
 
 Federate = Callable[..., RunFolder]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from pfedmoap_flwr import nearest
-from pfedmoap_flwr.pool import Selection, select_experts
+from pfedmoap_flwr.methods.parts import nearest
+from pfedmoap_flwr.methods.parts.pool import Selection, select_experts
 from pfedmoap_flwr.randomness import torch_generator
 
 SELECTIONS: list[Selection] = ["knn", "random", "farthest"]

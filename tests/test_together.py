@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
-from pfedmoap_flwr.federation import checkpoint, parallel, together, work
+from pfedmoap_flwr.federation import parallel
 from pfedmoap_flwr.federation.parallel import train_stacked
-from pfedmoap_flwr.federation.work import Split, Training
 from pfedmoap_flwr.methods import Method, Task
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import local, stacked
+from pfedmoap_flwr.training.local import Split, Training
 
 Federate = Callable[..., RunFolder]
 every_method = pytest.mark.parametrize("method", methods.names())
@@ -67,8 +69,8 @@ def test_stacked_heads_train_as_each_alone(
     start = [tensors(training) for training in alone]
     losses = {}
     for training in alone:
-        losses |= work.train(made, [training], 4)
-    joint_losses = work.train(made, joint, 4)
+        losses |= local.train(made, [training], 4)
+    joint_losses = local.train(made, joint, 4)
     assert joint_losses.keys() == losses.keys() == set(range(len(SIZES)))
     for one, other, before in zip(alone, joint, start, strict=True):
         if method == "zeroshot":
@@ -85,8 +87,8 @@ def test_prompts_of_every_class_can_be_stacked() -> None:
     made = made_method("pfedmoap", **{"prompt.class-specific": True})
     alone, joint = (made_trainings(made, num_experts=None) for _ in range(2))
     for training in alone:
-        work.train(made, [training], 1)
-    work.train(made, joint, 1)
+        local.train(made, [training], 1)
+    local.train(made, joint, 1)
     for one, other in zip(alone, joint, strict=True):
         torch.testing.assert_close(tensors(other), tensors(one), rtol=1e-4, atol=1e-6)
 
@@ -94,8 +96,8 @@ def test_prompts_of_every_class_can_be_stacked() -> None:
 def test_the_order_of_clients_has_no_say_in_their_batches() -> None:
     made = made_method("promptfl")
     one, other = made_trainings(made), made_trainings(made)
-    work.train(made, one, 1)
-    work.train(made, other[::-1], 1)
+    local.train(made, one, 1)
+    local.train(made, other[::-1], 1)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(tensors(a), tensors(b), rtol=1e-4, atol=1e-5)
 
@@ -107,7 +109,7 @@ def test_the_order_of_clients_has_no_say_in_their_batches() -> None:
 def stacking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stack clients on the CPU too; the list gets the number of heads of every training."""
     counts: list[int] = []
-    train, side_by_side = work.train, parallel._side_by_side
+    train, side_by_side = local.train, parallel._side_by_side
 
     def counted(method: Any, trainings: Any, server_round: int) -> Any:
         counts.append(len(trainings))
@@ -119,7 +121,7 @@ def stacking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         slices = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
         return [reply for part in slices for reply in train_stacked(answer, part)]
 
-    monkeypatch.setattr(work, "train", counted)
+    monkeypatch.setattr(local, "train", counted)
     monkeypatch.setattr(parallel, "_side_by_side", stacked)
     return counts
 
@@ -210,7 +212,7 @@ def check_falls_back(
 def test_a_client_that_raises_leaves_the_others_their_training(
     federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = work.train
+    train = local.train
 
     def fragile(method: Any, trainings: Any, server_round: int) -> Any:
         if server_round == 2 and 1 in [training.client for training in trainings]:
@@ -218,7 +220,7 @@ def test_a_client_that_raises_leaves_the_others_their_training(
         return train(method, trainings, server_round)
 
     expected = federate("one/run", clients_at_once=1)
-    monkeypatch.setattr(work, "train", fragile)
+    monkeypatch.setattr(local, "train", fragile)
     run = federate("failed/run", clients_at_once=4)
     (said,) = run.rounds()[2].failed.values()
     assert "no memory left" in said
@@ -232,7 +234,7 @@ def test_a_client_that_cannot_be_woken_fails_alone(federate: Federate, stacking:
     (kept,) = run.path.rglob("client-2/round-00001.safetensors")
     kept.write_bytes(b"torn")
     settings = {"resume": str(run.path), "num-server-rounds": 2}
-    from pfedmoap_flwr.cli import execute, make_plan
+    from pfedmoap_flwr.cli.main import execute, make_plan
 
     console: Any = None
     execute(make_plan(settings), console, in_process=True)
@@ -245,12 +247,12 @@ def test_a_client_that_cannot_be_woken_fails_alone(federate: Federate, stacking:
 
 def test_saved_bytes_grow_by_the_same_for_every_head() -> None:
     made = made_method("pfedmoap")
-    batch = work.first_images(made_trainings(made, (8,) * 4), 8)
+    batch = local.first_images(made_trainings(made, (8,) * 4), 8)
     sizes = []
     for count in (2, 3, 4):
-        stack = work.stacked(made, made_trainings(made, (8,) * 4)[:count])
+        stack = local.stacked(made, made_trainings(made, (8,) * 4)[:count])
         features, labels = (tensor[:count] for tensor in batch)
-        sizes.append(together.saved_bytes(stack, features, labels, without=set()))
+        sizes.append(stacked.saved_bytes(stack, features, labels, without=set()))
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
 
 
@@ -275,12 +277,12 @@ def test_memory_decides_how_many_fit(federate: Federate, monkeypatch: pytest.Mon
 def test_what_a_step_keeps_is_counted_without_the_frozen_weights() -> None:
     made = made_method("promptfl")
     (training,) = made_trainings(made, (8,))
-    stack = work.stacked(made, [training])
-    batch = work.first_images([training], 8)
+    stack = local.stacked(made, [training])
+    batch = local.first_images([training], 8)
     weights = list(load_clip("tiny", "tiny", "cpu").model.parameters())
     places = {p.untyped_storage().data_ptr() for p in weights}
-    with_all = together.saved_bytes(stack, *batch, without=set())
-    without = together.saved_bytes(stack, *batch, without=places)
+    with_all = stacked.saved_bytes(stack, *batch, without=set())
+    without = stacked.saved_bytes(stack, *batch, without=places)
     used = sum(p.untyped_storage().nbytes() for p in weights)
     assert 0 < without < with_all <= without + used
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 
-from pfedmoap_flwr.clip.cache import cache_folder, file_of, kept
+from pfedmoap_flwr.cache import cache_folder, file_of, kept
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.tokens import project_positions
+from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.data.images import image_digests
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import derive_seed

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.data import folder, hub
 from pfedmoap_flwr.data.catalogue import BUNDLED, FOLDER, Source, find_source
+from pfedmoap_flwr.data.sources import folder, hub
 from pfedmoap_flwr.data.splits import SPLITS as SPLITS
 from pfedmoap_flwr.data.splits import cut, join, listed
 from pfedmoap_flwr.errors import UsageError

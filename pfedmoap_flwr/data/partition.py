@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoap_flwr.data.cuts import CUTS, Part, class_sizes
 from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings
+from pfedmoap_flwr.data.partitioners import CUTS, Part, class_sizes
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
 from pfedmoap_flwr.settings import Value, key_of, setting

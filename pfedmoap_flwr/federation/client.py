@@ -21,10 +21,11 @@ from pfedmoap_flwr.data.catalogue import FOLDER
 from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
 from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition, whole
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import records, work
-from pfedmoap_flwr.federation.kept import KeptHeads
-from pfedmoap_flwr.federation.work import Split, Training
+from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.methods import Head, Method, Task
+from pfedmoap_flwr.runs.heads import KeptHeads
+from pfedmoap_flwr.training import local
+from pfedmoap_flwr.training.local import Split, Training
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
 
@@ -58,7 +59,7 @@ class Client:
 
     def training(self, message: Message) -> Training:
         """Return what a train message asks for: the kept head, overwritten by what came."""
-        received = records.to_tensors(message.content["arrays"])
+        received = messages.to_tensors(message.content["arrays"])
         head = self.head(self.kept.load(before=round_of(message)), received)
         on_device = {name: t.to(self.clip.device) for name, t in received.items()}
         return Training(self.id, head, self.splits["train"], on_device)
@@ -70,7 +71,9 @@ class Client:
         metrics: dict[str, int | float] = {"client": self.id, "num-examples": len(training.data)}
         if loss is not None:
             metrics["loss"] = loss
-        return RecordDict({"arrays": records.to_arrays(uploaded), "metrics": MetricRecord(metrics)})
+        return RecordDict(
+            {"arrays": messages.to_arrays(uploaded), "metrics": MetricRecord(metrics)}
+        )
 
 
 def answering(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -109,7 +112,7 @@ def train(message: Message, context: Context) -> RecordDict:
     """Train on what was received and upload what is not personal; the head is kept on disk."""
     client = awake(message, context)
     training = client.training(message)
-    losses = work.train(client.method, [training], round_of(message))
+    losses = local.train(client.method, [training], round_of(message))
     return client.trained(training, losses[client.id], round_of(message))
 
 
@@ -121,7 +124,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     """
     client = awake(message, context)
     server_round = round_of(message)
-    received = records.to_tensors(message.content["arrays"])
+    received = messages.to_tensors(message.content["arrays"])
     if server_round == 0:
         client.kept.clear()
     kept = client.kept.load(before=server_round + 1)
@@ -133,7 +136,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
         )
     metrics: dict[str, int | float] = {"client": client.id}
     for name, head in heads.items():
-        measured = work.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
+        measured = local.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
         # A split without images has no accuracy
         if "test" in measured:
             metrics[f"{name}-accuracy"] = measured["test"]

@@ -15,10 +15,11 @@ from flwr.app import Context, Message, MessageType
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.clip.load import FrozenClip, resolve_device
-from pfedmoap_flwr.federation import client, together, work
+from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.federation.client import Client
-from pfedmoap_flwr.federation.work import Training
 from pfedmoap_flwr.methods import Method
+from pfedmoap_flwr.training import local, stacked
+from pfedmoap_flwr.training.local import Training
 
 Answer = Callable[[Message, Context], Message]
 Request = tuple[Message, Context]
@@ -59,7 +60,7 @@ def train_stacked(answer: Answer, requests: Sequence[Request]) -> list[Message]:
         except Exception:
             replies[i] = answer(message, context)
             continue
-        kind = together.kind(training.head, training.received)
+        kind = stacked.kind(training.head, training.received)
         groups.setdefault(kind, {})[i] = awake, training
     for group in groups.values():
         try:
@@ -77,8 +78,8 @@ def _train_group(
     method, server_round = clients[0].method, client.round_of(requests[0][0])
     if len(group) > 1:
         pair = trainings[:2]
-        together.check_stackable(work.stacked(method, pair), *work.first_images(pair, 2))
-    losses = work.train(method, trainings, server_round)
+        stacked.check_stackable(local.stacked(method, pair), *local.first_images(pair, 2))
+    losses = local.train(method, trainings, server_round)
     replies = {}
     for i, (one, training) in group.items():
         content = one.trained(training, losses[one.id], server_round)
@@ -113,9 +114,9 @@ def fitting(method: Method, clip: FrozenClip, training: Training) -> int:
     From the device's whole memory, not from what is free, so that a repeat chooses the same.
     """
     frozen = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}
-    stack = work.stacked(method, [training])
-    batch = work.first_images([training], method.settings.batch_size)
-    needed = together.saved_bytes(stack, *batch, without=frozen)
+    stack = local.stacked(method, [training])
+    batch = local.first_images([training], method.settings.batch_size)
+    needed = stacked.saved_bytes(stack, *batch, without=frozen)
     fits = int(MEMORY_SHARE * memory(clip.device)) // max(1, needed)
     return max(1, min(fits, cores() if clip.device.type == "cpu" else MOST_STACKED))
 

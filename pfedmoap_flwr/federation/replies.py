@@ -7,7 +7,7 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from pfedmoap_flwr.federation import records
+from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.methods import Upload
 
 
@@ -49,7 +49,7 @@ def check_upload(
     """Return a client's upload and its training loss, if any. Raises ValueError where unfit."""
     metrics = content["metrics"]
     _check_sender(int(metrics["client"]), client)
-    tensors = records.to_tensors(content["arrays"])
+    tensors = messages.to_tensors(content["arrays"])
     if tensors.keys() != shared.keys():
         raise ValueError(f"uploaded {sorted(tensors)}, not {sorted(shared)}")
     for name, tensor in tensors.items():

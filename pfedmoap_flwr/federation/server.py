@@ -13,7 +13,6 @@ from pfedmoap_flwr.data.catalogue import BUNDLED
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import manifest, partition
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import checkpoint
 from pfedmoap_flwr.federation.handshake import (
     Card,
     check_agreement,
@@ -24,7 +23,8 @@ from pfedmoap_flwr.federation.handshake import (
 )
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
 from pfedmoap_flwr.methods import Method, Server
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
 
 logger = logging.getLogger("flwr.pfedmoap")
 

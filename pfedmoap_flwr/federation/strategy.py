@@ -13,12 +13,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.federation import checkpoint, records
 from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce
+from pfedmoap_flwr.federation.messages import num_bytes, to_arrays
 from pfedmoap_flwr.federation.replies import Replies, check_evaluation, check_upload
 from pfedmoap_flwr.methods import Method, Server, Upload
 from pfedmoap_flwr.randomness import numpy_generator
-from pfedmoap_flwr.report.run_folder import RoundRecord, RunFolder
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RoundRecord, RunFolder
 
 logger = logging.getLogger("flwr.pfedmoap")
 
@@ -50,7 +51,7 @@ class PromptStrategy(Strategy):
 
     def start_all(self, grid: Grid) -> Result:
         """Run the rounds that are left; before the first one, measure where clients start from."""
-        arrays = records.to_arrays(self.server.shared)
+        arrays = to_arrays(self.server.shared)
         if self.server.round == 0 and not self.folder.rounds():
             self._begin(0)
             messages = self._evaluation_messages(0)
@@ -70,7 +71,7 @@ class PromptStrategy(Strategy):
         messages = {}
         clients = self._sample(server_round)
         for client, tensors in self.method.deliveries(self.server, clients, train=True):
-            self.record.bytes_down[client] = records.num_bytes(tensors)
+            self.record.bytes_down[client] = num_bytes(tensors)
             messages[client] = self._message(client, server_round, MessageType.TRAIN, tensors)
         return self._expect(messages)
 
@@ -87,14 +88,14 @@ class PromptStrategy(Strategy):
                 self.replies.failed[client] = str(error)
                 continue
             uploads[client] = upload
-            self.record.bytes_up[client] = records.num_bytes(upload.tensors)
+            self.record.bytes_up[client] = num_bytes(upload.tensors)
         self._report_failures("train")
         if not uploads:
             raise AllClientsFailed(next(iter(self.replies.failures().values())))
         self.method.merge(self.server, uploads)
         self.server.round = self.record.round
         self.record.train_loss = _mean_loss(losses, uploads)
-        return records.to_arrays(self.server.shared), None
+        return to_arrays(self.server.shared), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -153,7 +154,7 @@ class PromptStrategy(Strategy):
 
     def _message(self, client: int, server_round: int, kind: str, tensors: dict) -> Message:  # type: ignore[type-arg]
         config = ConfigRecord({"round": server_round, "run": self.folder.path.name})
-        content = RecordDict({"arrays": records.to_arrays(tensors), "config": config})
+        content = RecordDict({"arrays": to_arrays(tensors), "config": config})
         return Message(content, self.cards[client].node_id, kind, group_id=str(server_round))
 
     def _expect(self, messages: dict[int, Message]) -> list[Message]:

@@ -12,7 +12,9 @@ __all__ = ["Head", "Method", "Received", "Server", "Task", "Upload", "load", "na
 @functools.cache
 def names() -> tuple[str, ...]:
     """Return the names of all methods there are."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.ispkg)
+    )
 
 
 @functools.cache

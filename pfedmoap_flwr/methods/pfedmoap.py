@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Head, Method, PromptHead, Received, Server, Task
-from pfedmoap_flwr.pool import select_experts
+from pfedmoap_flwr.methods.parts.pool import select_experts
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import setting
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.console import Console
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.cache import cache_folder
+from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.clip.features import feature_files, read_splits
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source
-from pfedmoap_flwr.data.hub import is_cached
 from pfedmoap_flwr.data.images import SPLITS, ImageData, duplicates, load_images
 from pfedmoap_flwr.data.partition import class_counts, manifest, partition
-from pfedmoap_flwr.report import data_tables, figure
-from pfedmoap_flwr.report.table import megabytes
+from pfedmoap_flwr.data.sources.hub import is_cached
+from pfedmoap_flwr.report import data_tables, figures
+from pfedmoap_flwr.report.tables import megabytes
 
 
 def list_sets(options: argparse.Namespace, console: Console) -> None:
@@ -54,14 +54,14 @@ def show(options: argparse.Namespace, console: Console) -> None:
     settings = config.parse(options.words)
     target = Path(options.figure) if options.figure else None
     if target:
-        figure.check_target(target)
+        figures.check_target(target)
     images = load_images(settings.data)
     clients = partition(images, settings.data, settings.seed)
     said = manifest(images, settings.data, settings.seed, clients)
     if target:
         counts = class_counts(images, clients, "train")
         names = [f"{c.client} {c.domain}".rstrip() for c in clients]
-        figure.draw_partition(counts, images.classnames, names, title(settings), target)
+        figures.draw_partition(counts, images.classnames, names, title(settings), target)
     if options.json:
         console.out(json.dumps(said), highlight=False)
         return

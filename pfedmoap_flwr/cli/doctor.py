@@ -14,21 +14,21 @@ from rich.console import Console
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.clip.cache import ENVIRONMENT_VARIABLE, cache_folder
+from pfedmoap_flwr.cache import ENVIRONMENT_VARIABLE, cache_folder
+from pfedmoap_flwr.cli.data import is_here
 from pfedmoap_flwr.clip.features import feature_files, read_shape, views_of
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
-from pfedmoap_flwr.commands.data import is_here
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.catalogue import CATALOGUE, find_source
-from pfedmoap_flwr.data.hub import offline
 from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.data.sources.hub import offline
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.parallel import cores, fitting
-from pfedmoap_flwr.federation.work import Split, Training
 from pfedmoap_flwr.methods import Method, Task, Upload
-from pfedmoap_flwr.report.table import megabytes
+from pfedmoap_flwr.report.tables import megabytes
+from pfedmoap_flwr.training.local import Split, Training
 
 PACKAGES = (
     *("pfedmoap-flwr", "flwr", "ray", "torch", "torchvision", "open_clip_torch", "datasets"),

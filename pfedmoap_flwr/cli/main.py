@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.cli import data
+from pfedmoap_flwr.cli.doctor import doctor
 from pfedmoap_flwr.clip.load import resolve_device
 from pfedmoap_flwr.clip.weights import find_weights
-from pfedmoap_flwr.commands import data
-from pfedmoap_flwr.commands.doctor import doctor
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.engines.in_process import run_in_process
+from pfedmoap_flwr.engines.simulation import RunFailed, simulate
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.inprocess import run_in_process
-from pfedmoap_flwr.federation.launch import RunFailed, simulate
 from pfedmoap_flwr.federation.strategy import AllClientsFailed
-from pfedmoap_flwr.report import table
-from pfedmoap_flwr.report.figure import SUFFIXES
-from pfedmoap_flwr.report.run_folder import check_same, check_unused, default_path, load_settings
+from pfedmoap_flwr.report import tables
+from pfedmoap_flwr.report.figures import SUFFIXES
+from pfedmoap_flwr.runs.folder import check_same, check_unused, default_path, load_settings
 from pfedmoap_flwr.settings import Value
 
 DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     plan = make_plan(options.words)
     console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
     summary = execute(plan, console, in_process=options.in_process)
-    table.print_summary(summary, console)
+    tables.print_summary(summary, console)
     console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
 
 
@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace, console: Console) -> None:
             console.print(f"{name}, seed {plan.settings.seed}", highlight=False)
             summaries.setdefault(name, []).append(execute(plan, console, in_process=True))
     (root / "comparison.json").write_text(json.dumps(summaries, indent=2))
-    table.print_comparison(summaries, console)
+    tables.print_comparison(summaries, console)
     console.print(f"results in {root}", highlight=False, soft_wrap=True)
 
 

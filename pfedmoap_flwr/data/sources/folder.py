@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from pfedmoap_flwr.clip.cache import cache_folder
+from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.data.catalogue import CoopLayout, Source
 from pfedmoap_flwr.errors import UsageError
 

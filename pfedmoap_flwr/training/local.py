@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.federation.together import IGNORED, Stack
 from pfedmoap_flwr.methods import Head, Method, Received
 from pfedmoap_flwr.randomness import torch_generator
+from pfedmoap_flwr.training.stacked import IGNORED, Stack
 
 EVALUATION_BATCH = 1024
 
@@ -41,7 +41,7 @@ def train(
     """Train heads in place for the local epochs; return each client's mean loss of the last one.
 
     The order of a client's images is a function of (seed, client, round). None: nothing moved.
-    Several heads must be of one kind (`together.kind`); they move in the same steps, each by its
+    Several heads must be of one kind (`stacked.kind`); they move in the same steps, each by its
     own loss. A client that has fewer batches rests until the next epoch.
     """
     settings = method.settings

@@ -27,7 +27,7 @@ from pfedmoap_flwr import config
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.strategy import AllClientsFailed
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs.folder import RunFolder
 
 CONNECTION = "pfedmoap"
 START_SECONDS = 60.0

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.nearest import nearest
+from pfedmoap_flwr.methods.parts.nearest import nearest
 
 Selection = Literal["knn", "random", "farthest"]
 

@@ -1,0 +1,1 @@
+"""Where a run computes: in this process, or in processes that Flower starts."""
