@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pfedmoap_flwr import config
 from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, load_images
 from pfedmoap_flwr.data.sources import folder as folders
+from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client

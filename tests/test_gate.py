@@ -314,7 +314,7 @@ def test_experts_are_encoded_once_for_each_delivery() -> None:
         local.train(method, [local.Training(0, head, data, {})], 1)
         local.accuracies(head, {"all": data})
         # 3 epochs of 2 steps, and an evaluation
-        assert counting.shapes.count(local) == 7
+        assert counting.shapes.count(own) == 7
         assert counting.shapes.count(borrowed) == 1
         fresh = made_head()
         fresh.receive({**head.kept(), "experts": prompts})
