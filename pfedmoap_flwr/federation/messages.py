@@ -1,4 +1,10 @@
-"""Tensors <-> Flower's records, and their declared size."""
+"""Tensors <-> Flower's records, and what the two sides write into each other's messages.
+
+query     down: config {run}                      up: card (see `handshake`)
+train     down: arrays, config {run, round}       up: arrays, metrics {client, num-examples, loss,
+                                                      method.NAME ...}
+evaluate  down: arrays, config {run, round, zeroshot}   up: metrics {client, NAME-accuracy ...}
+"""
 
 from collections.abc import Mapping
 
@@ -6,6 +12,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
+
+METHOD_METRIC = "method."
+"""What a metric of a method's own begins with, so that it is never taken for one of ours."""
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
