@@ -15,7 +15,7 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import parallel
 from pfedmoap_flwr.federation.parallel import train_stacked
-from pfedmoap_flwr.methods import Method, Task
+from pfedmoap_flwr.methods.base import Method, Task
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local, stacked

@@ -5,7 +5,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.features import Reads, read_splits
-from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import FOLDER
-from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition, whole
+from pfedmoap_flwr.data.images import ImageData, load_images
+from pfedmoap_flwr.data.partition import ClientRows, partition, whole
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import messages
-from pfedmoap_flwr.methods import Head, Method, Task
+from pfedmoap_flwr.methods.base import Head, Method, Task
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.local import Split, Training
@@ -207,7 +210,7 @@ def _node_of(settings: Settings, method: Method, client: int, own_folder: str) -
     if not own_folder:
         return _node(settings.data, *shared)
     try:
-        data = replace(settings.data, name=FOLDER, path=own_folder)
+        data = settings.data.model_copy(update={"name": FOLDER, "path": own_folder})
         return _node(data, *shared, owner=client)
     except UsageError as error:
         raise UsageError(f"client {client}, data-dir={own_folder}: {error}") from error

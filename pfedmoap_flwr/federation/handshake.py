@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from pfedmoap_flwr.data.splits import difference
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods import Task
+from pfedmoap_flwr.methods.base import Task
 
 POLL_SECONDS = 0.5
 STEADY_SECONDS = 3.0

@@ -17,7 +17,7 @@ from pfedmoap_flwr import config
 from pfedmoap_flwr.clip.load import FrozenClip, resolve_device
 from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.federation.client import Client
-from pfedmoap_flwr.methods import Method
+from pfedmoap_flwr.methods.base import Method
 from pfedmoap_flwr.training import local, stacked
 from pfedmoap_flwr.training.local import Training
 

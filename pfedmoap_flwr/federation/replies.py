@@ -8,7 +8,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from pfedmoap_flwr.federation import messages
-from pfedmoap_flwr.methods import Upload
+from pfedmoap_flwr.methods.base import Upload
 
 
 @dataclass

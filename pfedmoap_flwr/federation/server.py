@@ -22,7 +22,7 @@ from pfedmoap_flwr.federation.handshake import (
     wait_for_nodes,
 )
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
-from pfedmoap_flwr.methods import Method, Server
+from pfedmoap_flwr.methods.base import Method, Server
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 

@@ -16,7 +16,7 @@ from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce
 from pfedmoap_flwr.federation.messages import num_bytes, to_arrays
 from pfedmoap_flwr.federation.replies import Replies, check_evaluation, check_upload
-from pfedmoap_flwr.methods import Method, Server, Upload
+from pfedmoap_flwr.methods.base import Method, Server, Upload
 from pfedmoap_flwr.randomness import numpy_generator
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RoundRecord, RunFolder

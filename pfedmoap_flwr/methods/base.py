@@ -12,33 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.text import Position
+from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
-from pfedmoap_flwr.settings import setting
-
-if TYPE_CHECKING:
-    from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.settings import Section
 
 Received = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """CoOp's prompt options."""
-
-    n_ctx: int = setting(16, "context tokens M", low=1)
-    ctx_init: str = setting("", "words to start from instead of N(0, 0.02); sets n-ctx")
-    class_specific: bool = setting(False, "one context per class")
-    class_token_position: Position = setting(  # noqa: RUF009
-        "end", "class name's place"
-    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,9 @@ class PromptHead(Head):
     logit^(c) = sim(f(x), g(P^(c))) / tau (Eq. 3 and 4).
     """
 
-    def __init__(self, clip: FrozenClip, classnames: tuple[str, ...], settings: Settings) -> None:
+    def __init__(
+        self, clip: FrozenClip, classnames: tuple[str, ...], settings: LearningSettings
+    ) -> None:
         super().__init__()
         prompt = settings.prompt
         words = clip.embed(prompt.ctx_init) if prompt.ctx_init else None
@@ -140,13 +127,13 @@ class Method:
     `views` V, a loss gets V augmentations of each training image: (B, V, d) or (B, V, T, d).
     """
 
-    table: ClassVar[type | None] = None
+    section: ClassVar[type[Section]] = Section
     personal: tuple[str, ...] = ()
     reads: Literal["features", "tokens", "pixels"] = "features"
     views: int = 0
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Any) -> None:
+        self.settings: LearningSettings = settings
         self.own = settings.own
 
     def build(self, clip: FrozenClip, task: Task) -> Head:

@@ -5,7 +5,6 @@ attention gate, which never leaves the client, mixes local and borrowed text fea
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,13 +16,12 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Head, Method, PromptHead, Received, Server, Task
 from pfedmoap_flwr.methods.parts.pool import select_experts
 from pfedmoap_flwr.randomness import torch_generator
-from pfedmoap_flwr.settings import setting
+from pfedmoap_flwr.settings import Section, setting
 
 RELEASED_SCORE_SCALE = 10.0
 
 
-@dataclass(frozen=True)
-class PFedMoAPSettings:
+class PFedMoAPSettings(Section):
     """Settings of the paper's Section 4.1."""
 
     num_experts: int = setting(9, "borrowed prompts K; 0: gate over the local prompt only", low=0)
@@ -142,7 +140,7 @@ class PFedMoAPHead(PromptHead):
 class PFedMoAP(Method):
     """Alg. 1: P_g and the K experts down; prompt and gate trained jointly; only the prompt up."""
 
-    table = PFedMoAPSettings
+    section = PFedMoAPSettings
     personal: tuple[str, ...] = ("gate",)
 
     def __init__(self, settings: Any) -> None:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods import Server
+from pfedmoap_flwr.methods.base import Server
 
 FILE = "checkpoint.safetensors"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.methods import Head, Method, Received
+from pfedmoap_flwr.methods.base import Head, Method, Received
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.training.stacked import IGNORED, Stack
 

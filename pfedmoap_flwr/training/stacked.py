@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pfedmoap_flwr.methods import Head, Method, Received
+from pfedmoap_flwr.methods.base import Head, Method, Received
 
 IGNORED = -100
 """The label of a row that fills up a batch; PyTorch's losses do not count it."""
