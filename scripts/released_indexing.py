@@ -16,7 +16,8 @@ import numpy as np
 from pfedmoap_flwr.clip.features import read_images
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.data.images import ImageData, load_images
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.data.partition import ClientRows, partition
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.randomness import numpy_generator
 
 WAYS = ("here", "released: paths", "released: class order", "released: both")

@@ -14,7 +14,7 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import client as client_module
 from pfedmoap_flwr.federation.strategy import PromptStrategy
-from pfedmoap_flwr.methods import Head, Task, Upload
+from pfedmoap_flwr.methods.base import Head, Task, Upload
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder

@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.settings import Position
+from pfedmoap_flwr.clip.text import PromptEncoder, embed_words, encode_text
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
     find_preprocessing,
@@ -23,19 +24,6 @@ from pfedmoap_flwr.clip.weights import (
     weights_errors,
 )
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.settings import setting
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """The frozen model."""
-
-    model: str = setting("mini", "an open_clip model name")
-    pretrained: str = setting("mini", "bundled name, published tag, or path of a checkpoint")
-    features_dtype: Literal["float32", "float16"] = setting("float32", "image features on disk")
-    precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of the text tower's products; auto: bfloat16 on CUDA, float32 on the CPU"
-    )
 
 
 @dataclass(frozen=True, eq=False)

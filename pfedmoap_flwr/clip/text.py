@@ -13,18 +13,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pfedmoap_flwr.clip.settings import Position
+
 from . import prefix
 
 Tokenizer = Callable[..., Tensor]
 """`open_clip.get_tokenizer`'s: (texts, context_length=L) -> ids (len(texts), L)."""
-
-Position = Literal["end", "middle", "front"]
 
 
 class PromptEncoder:

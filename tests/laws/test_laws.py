@@ -10,13 +10,14 @@ import random
 import tomllib
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, rounds
 from flwr.app import Array
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
@@ -26,11 +27,11 @@ from pfedmoap_flwr.clip.load import FrozenClip, load_clip
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
 from pfedmoap_flwr.federation import client, messages
-from pfedmoap_flwr.methods import Head, Method, Task, Upload
+from pfedmoap_flwr.methods.base import Head, Method, Task, Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
-from pfedmoap_flwr.settings import key_of
+from pfedmoap_flwr.settings import choices
 from pfedmoap_flwr.training import local
 
 Federate = Callable[..., RunFolder]
@@ -247,11 +248,11 @@ def test_10_the_bytes_declared_are_the_bytes_sent(
 # Law 11
 
 
-def another(hint: Any, value: Any, choices: tuple[str, ...]) -> Any:
+def another(field: FieldInfo) -> Any:
     """A value of the same type that is not the default."""
-    choices = get_args(hint) if get_origin(hint) is Literal else choices
-    if choices:
-        return next(choice for choice in choices if choice != value)
+    value = field.default
+    if allowed := choices(field):
+        return next(choice for choice in allowed if choice != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -261,22 +262,16 @@ def another(hint: Any, value: Any, choices: tuple[str, ...]) -> Any:
 
 def changed(method: str) -> dict[str, Any]:
     """A flat configuration in which no setting, of any method, has its default."""
-    parts = {"": config.General, **config.PARTS}
-    parts |= {name: type(own) for name, own in config.Settings().tables.items()}
-    flat: dict[str, Any] = {}
-    for part, cls in parts.items():
-        hints = get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            key = f"{part}.{key_of(field.name)}".removeprefix(".")
-            flat[key] = another(hints[field.name], field.default, field.metadata["choices"])
-    return {**flat, "method": method}
+    every = config.known_fields(methods.names())
+    return {**{key: another(field) for key, field in every.items()}, "method": method}
 
 
 @every_method
 def test_11_settings_survive_being_written_and_read(method: str) -> None:
     flat = changed(method)
     settings = config.parse(flat)
-    defaults = config.Settings().flat()
+    every = config.known_fields(methods.names())
+    defaults = {key: field.default for key, field in every.items()}
     assert settings.flat() == flat
     assert flat.keys() == defaults.keys() == config.known_keys().keys()
     assert {key for key in flat if flat[key] == defaults[key]} <= {"method"}
