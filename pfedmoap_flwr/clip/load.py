@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
     find_preprocessing,
@@ -42,7 +43,8 @@ class ClipSettings:
 class FrozenClip:
     """A CLIP model whose weights never change: open_clip's, without its image tower.
 
-    Images are read once (see `features`), so that the tower is loaded for that alone.
+    Images are read once (see `features`), so that the tower is loaded for that alone, and for
+    methods that train through it.
     """
 
     name: str
@@ -118,8 +120,7 @@ class FrozenClip:
 
         Raises UsageError where the checkpoint is gone or torn.
         """
-        with weights_errors(self.name, str(self.checkpoint)):
-            tower = load_full_model(self.name, self.checkpoint).visual.to(self.device)
+        tower = self._load_tower()
         try:
             yield tower
         finally:
@@ -127,6 +128,18 @@ class FrozenClip:
             tower.to("meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def tower(self) -> ImageTower:
+        """The image tower, loaded when a method first asks for it and kept.
+
+        Raises UsageError where the checkpoint is gone or torn.
+        """
+        return ImageTower(self._load_tower(), self.name)
+
+    def _load_tower(self) -> Any:
+        with weights_errors(self.name, str(self.checkpoint)):
+            return load_full_model(self.name, self.checkpoint).visual.to(self.device)
 
 
 def resolve_device(name: str) -> torch.device:
