@@ -16,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import frozen_clip
 from models import make
 from PIL import Image
 from torch import Tensor
@@ -29,7 +30,7 @@ from pfedmoap_flwr.clip.features import (
     read_shape,
     read_splits,
 )
-from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.errors import UsageError
 
@@ -38,7 +39,7 @@ FEATURES, TOKENS, PIXELS = Reading(), Reading("tokens"), Reading("pixels")
 
 @pytest.fixture(scope="module")
 def tiny() -> FrozenClip:
-    return load_clip("tiny", "tiny", "cpu")
+    return frozen_clip()
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def test_features_are_open_clips_own(tiny: FrozenClip) -> None:
 @pytest.mark.parametrize("name", ["rn", "vit-custom", "coca"])
 def test_features_of_every_kind_of_tower(name: str, tmp_path: Path) -> None:
     model, path = make(name, tmp_path)
-    clip = load_clip(f"made-{name}", str(path), "cpu")
+    clip = frozen_clip(f"made-{name}", path)
     with torch.no_grad():
         expected = model.encode_image(prepared(clip, pictures()), normalize=False)
     torch.testing.assert_close(read_images(clip, pictures(), FEATURES), expected)
@@ -121,7 +122,7 @@ def test_what_stands_for_the_whole_image_is_open_clips_feature(
     name: str, grid: int, tmp_path: Path
 ) -> None:
     model, path = make(name, tmp_path)
-    clip = load_clip(f"made-{name}", str(path), "cpu")
+    clip = frozen_clip(f"made-{name}", path)
     pixels = prepared(clip, pictures())
     with torch.no_grad():
         positions = project_positions(model.visual, pixels)
@@ -135,7 +136,7 @@ def test_what_stands_for_the_whole_image_is_open_clips_feature(
 
 def test_a_vits_tokens_are_its_own_output_projected(tmp_path: Path) -> None:
     model, path = make("vit", tmp_path)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     model.visual.output_tokens = True
     with torch.no_grad():
         _, tokens = model.visual(prepared(clip, pictures()))
@@ -145,7 +146,7 @@ def test_a_vits_tokens_are_its_own_output_projected(tmp_path: Path) -> None:
 
 def test_a_resnets_token_is_what_its_pool_answers_to_that_position(tmp_path: Path) -> None:
     model, path = make("rn", tmp_path)
-    clip = load_clip("made-rn", str(path), "cpu")
+    clip = frozen_clip("made-rn", path)
     pool, seen = model.visual.attnpool, []
     pool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -163,7 +164,7 @@ def test_a_resnets_token_is_what_its_pool_answers_to_that_position(tmp_path: Pat
 
 def test_what_cannot_be_read_is_said(cache: Path, tmp_path: Path) -> None:
     _, path = make("coca", tmp_path)
-    clip = load_clip("made-coca", str(path), "cpu")
+    clip = frozen_clip("made-coca", path)
     with pytest.raises(UsageError, match="patch tokens"):
         read_images(clip, pictures(), TOKENS)
     with pytest.raises(UsageError, match="patch tokens"):
@@ -263,7 +264,7 @@ def test_the_tower_is_freed_and_never_loaded_again(
     monkeypatch.setattr("pfedmoap_flwr.clip.load.load_full_model", None)
     monkeypatch.setattr("pfedmoap_flwr.clip.weights.load_full_model", None)
     load._load.cache_clear()
-    fresh = load_clip("tiny", "tiny", "cpu")
+    fresh = frozen_clip()
     assert torch.equal(first, read_images(fresh, pictures(), FEATURES))
     assert len(towers) == 1
 
@@ -326,7 +327,7 @@ def test_whatever_else_is_asked_for_is_computed_anew(
     elif change == "weights":
         path = tmp_path / "w.safetensors"
         path.write_bytes(asset("clip/tiny.safetensors").read_bytes()[:-1] + b"\x01")
-        other = load_clip("tiny", str(path), "cpu")
+        other = frozen_clip("tiny", path)
     elif change == "preprocessing":
         other = replace(tiny, preprocessing=replace(tiny.preprocessing, mean=(0.5, 0.5, 0.5)))
     elif change == "model":
@@ -351,7 +352,7 @@ def _read_elsewhere(cache: str) -> tuple[np.ndarray, int]:
         return original(*args)
 
     features._blocks = counting
-    read = read_images(load_clip("tiny", "tiny", "cpu"), pictures(), FEATURES)
+    read = read_images(frozen_clip(), pictures(), FEATURES)
     return read.numpy().copy(), len(computed)
 
 
@@ -389,7 +390,7 @@ def test_a_stopped_pass_over_images_gives_the_same_bytes(
 
 def test_weights_that_vanished_are_said(tmp_path: Path) -> None:
     _, path = make("vit", tmp_path)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     assert clip.checkpoint_digest
     path.unlink()
     with pytest.raises(UsageError, match="could not be loaded"):

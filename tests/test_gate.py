@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSNAMES, TINY
+from conftest import CLASSNAMES, TINY, frozen_clip
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.methods.base import Task
 from pfedmoap_flwr.methods.pfedmoap import AttentionGate, PFedMoAPHead
 from pfedmoap_flwr.randomness import torch_generator
@@ -187,7 +186,7 @@ def test_number_of_parameters_is_the_papers(width: int, expected: int) -> None:
 
 def made_head(**changes: Any) -> PFedMoAPHead:
     settings = config.parse({**TINY, "prompt.class-specific": False, **changes})
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     head = methods.load("pfedmoap")(settings).build(clip, TASK)
     assert isinstance(head, PFedMoAPHead)
     return head
@@ -276,7 +275,7 @@ def test_prompt_and_gate_learn_and_nothing_else(compat: str) -> None:
     assert head.experts is not None
     assert not head.experts.requires_grad
     assert head.experts.grad is None
-    model = load_clip("tiny", "tiny", "cpu").model
+    model = frozen_clip().model
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 

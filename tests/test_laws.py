@@ -15,14 +15,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, rounds
+from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, frozen_clip, rounds
 from flwr.app import Array
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip import load
-from pfedmoap_flwr.clip.features import read_images
-from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.features import Reading, read_images
+from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
 from pfedmoap_flwr.federation import client, messages
@@ -43,7 +43,7 @@ def made(name: str, **changes: Any) -> tuple[Method, FrozenClip, Head]:
     changes = {key.replace("_", "-"): value for key, value in changes.items()}
     settings = config.parse({**TINY, "method": name, **changes})
     method = methods.load(name)(settings)
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     images = load_images("emoji-domains")
     return method, clip, method.build(clip, Task(images.classnames, images.template))
 
@@ -138,9 +138,9 @@ def test_2_seed_client_and_round_decide_the_order_of_images() -> None:
 @every_method
 def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
     federate(method=method, **SHORT)
-    used = load_clip("tiny", "tiny", "cpu")
+    used = frozen_clip()
     load._load.cache_clear()
-    untouched = load_clip("tiny", "tiny", "cpu")
+    untouched = frozen_clip()
     assert untouched is not used
     # A twin has no fingerprint yet, so it is computed from the weights as they are now
     assert dataclasses.replace(used).fingerprint == untouched.fingerprint
@@ -342,7 +342,7 @@ def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None
     made_method, clip, head = made(method, local_epochs=200, lr=0.01, batch_size=8)
     images = load_images("emoji-domains")
     rows = np.arange(0, 96, 12)
-    features = read_images(clip, images.splits["train"], made_method.reads)[rows]
+    features = read_images(clip, images.splits["train"], Reading(made_method.reads))[rows]
     data = local.Split(features, torch.from_numpy(images.column("train", "label")[rows]))
     assert data.labels.bincount().tolist() == [2, 2, 2, 2]
     server = made_method.start(head)

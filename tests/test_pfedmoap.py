@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSNAMES, NUM_CLIENTS, TINY, Exchange
+from conftest import CLASSNAMES, NUM_CLIENTS, TINY, Exchange, frozen_clip
 from safetensors import safe_open
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import client as client_module
 from pfedmoap_flwr.federation.strategy import PromptStrategy
 from pfedmoap_flwr.methods import Head, Task, Upload
@@ -35,7 +34,7 @@ def trained(wire: list[Exchange]) -> list[Exchange]:
 
 def fresh_head() -> Head:
     settings = config.parse(TINY)
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     return methods.load("pfedmoap")(settings).build(clip, Task(tuple(CLASSNAMES), ""))
 
 

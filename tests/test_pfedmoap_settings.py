@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange
+from conftest import NUM_CLIENTS, Exchange, frozen_clip
 
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
@@ -101,7 +100,7 @@ def test_prompts_and_gates_of_every_kind_run_through(
         if exchange.round > 1:
             assert exchange.down["experts"].shape == (2, *shape)
     if words := changes.get("prompt.ctx-init"):
-        embedded = load_clip("tiny", "tiny", "cpu").embed(words)
+        embedded = frozen_clip().embed(words)
         assert embedded.shape == shape[-2:]
         assert torch.equal(trained(wire)[0].down["ctx"], embedded.expand(shape))
 

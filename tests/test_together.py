@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSNAMES, TINY, assert_same, rounds, tensor_files
+from conftest import CLASSNAMES, TINY, assert_same, frozen_clip, rounds, tensor_files
 from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.federation import parallel
 from pfedmoap_flwr.federation.parallel import train_stacked
 from pfedmoap_flwr.methods import Method, Task
@@ -35,7 +34,7 @@ def made_trainings(
     method: Method, sizes: Sequence[int] = SIZES, num_experts: int | None = 2
 ) -> list[Training]:
     """Clients that differ in their prompt, their images and, where they borrow, their experts."""
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     generator = torch.Generator().manual_seed(0)
     trainings = []
     for number, size in enumerate(sizes):
@@ -279,7 +278,7 @@ def test_what_a_step_keeps_is_counted_without_the_frozen_weights() -> None:
     (training,) = made_trainings(made, (8,))
     stack = local.stacked(made, [training])
     batch = local.first_images([training], 8)
-    weights = list(load_clip("tiny", "tiny", "cpu").model.parameters())
+    weights = list(frozen_clip().model.parameters())
     places = {p.untyped_storage().data_ptr() for p in weights}
     with_all = stacked.saved_bytes(stack, *batch, without=set())
     without = stacked.saved_bytes(stack, *batch, without=places)

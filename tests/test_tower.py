@@ -7,13 +7,14 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from conftest import frozen_clip
 from models import MADE, VIT, make, whole
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import load
-from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.errors import UsageError
 
@@ -77,11 +78,11 @@ def by_hooks(visual: Any, pixels: Tensor, prompts: Tensor) -> Tensor:
 def test_without_prompts_it_is_open_clips_own(name: str, tmp_path: Path) -> None:
     if name in MADE:
         full, path = make(name, tmp_path)
-        clip = load_clip(f"made-{name}", str(path), "cpu")
+        clip = frozen_clip(f"made-{name}", path)
     else:
         path = asset(f"clip/{name}.safetensors")
         open_clip.add_model_config(path.parent)
-        full, clip = whole(name, path), load_clip(name, str(path), "cpu")
+        full, clip = whole(name, path), frozen_clip(name, path)
     pixels = draw(3, 3, *to_2tuple(full.visual.image_size))
     with torch.no_grad():
         expected = full.encode_image(pixels, normalize=False)
@@ -160,7 +161,7 @@ def test_an_image_does_not_depend_on_its_company(tower: ImageTower, prompts: Ten
 
 def test_a_resnets_features_do_not_depend_on_their_company(tmp_path: Path) -> None:
     _, path = make("rn", tmp_path)
-    tower = load_clip("made-rn", str(path), "cpu").tower
+    tower = frozen_clip("made-rn", path).tower
     pixels = draw(4, 3, 64, 64).requires_grad_()
     together = tower.encode(pixels)
     torch.testing.assert_close(together, torch.cat([tower.encode(p[None]) for p in pixels]))
@@ -186,7 +187,7 @@ def test_heads_side_by_side_have_their_own_prompts() -> None:
 
 @pytest.fixture
 def tiny() -> FrozenClip:
-    return load_clip("tiny", "tiny", "cpu")
+    return frozen_clip()
 
 
 def test_the_tower_is_loaded_when_asked_for_and_once(
@@ -198,7 +199,7 @@ def test_the_tower_is_loaded_when_asked_for_and_once(
         load, "load_full_model", lambda *args: loaded.append(args) or original(*args)
     )
     load._load.cache_clear()
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     assert loaded == []
     assert clip.tower is clip.tower
     assert len(loaded) == 1
@@ -216,7 +217,7 @@ def test_a_tower_gives_a_head_no_parameters(tiny: FrozenClip) -> None:
 @pytest.mark.parametrize("ask", ["width", "layers", "encode"])
 def test_a_tower_without_a_place_for_prompts_says_so(ask: str, tmp_path: Path) -> None:
     _, path = make("rn", tmp_path)
-    tower = load_clip("made-rn", str(path), "cpu").tower
+    tower = frozen_clip("made-rn", path).tower
     asked: dict[str, Callable[[], Any]] = {
         "width": lambda: tower.width,
         "layers": lambda: tower.layers,
@@ -234,7 +235,7 @@ def test_prompts_of_another_shape_are_refused(tower: ImageTower, shape: tuple[in
 
 def test_a_tower_whose_weights_vanished_says_so(tmp_path: Path) -> None:
     _, path = make("vit", tmp_path)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     path.unlink()
     with pytest.raises(UsageError, match="could not be loaded"):
         clip.tower  # noqa: B018

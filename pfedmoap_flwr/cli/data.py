@@ -92,15 +92,14 @@ def prepare(options: argparse.Namespace, console: Console) -> None:
     method = methods.load(settings.method)(settings)
     images = load_images(settings.data)
     _print_origin(images, console)
-    weights = settings.clip
-    clip = load_clip(weights.model, weights.pretrained, settings.device, weights.precision)
+    clip = load_clip(settings.clip, settings.device)
     size = megabytes(clip.checkpoint.stat().st_size)
     _say(console, f"weights: {clip.checkpoint}, {size}")
-    reading = Reading(method.reads, method.views)
-    files = feature_files(clip, images.splits, reading, weights.features_dtype)
+    reading, dtype = Reading(method.reads, method.views), settings.clip.features_dtype
+    files = feature_files(clip, images.splits, reading, dtype)
     there = {split for split, file in files.items() if file.exists()}
     began = time.monotonic()
-    read_splits(clip, images.splits, reading, weights.features_dtype)
+    read_splits(clip, images.splits, reading, dtype)
     for split, file in files.items():
         how = "was there" if split in there else "computed"
         kept = megabytes(file.stat().st_size)

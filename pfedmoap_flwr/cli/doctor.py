@@ -104,7 +104,7 @@ def _clip(settings: Settings) -> FrozenClip:
             f"pfedmoap data prepare clip.model={model} clip.pretrained={pretrained}, or give a "
             "local checkpoint with clip.pretrained=/path/to/file"
         )
-    return load_clip(model, pretrained, settings.device, settings.clip.precision)
+    return load_clip(settings.clip, settings.device)
 
 
 def _features(

@@ -153,19 +153,18 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_clip(
-    model: str, pretrained: str, device: str = "auto", precision: str = "auto"
-) -> FrozenClip:
-    """Load a model by open_clip's name; `pretrained` is a bundled name, a file, or a published tag.
+def load_clip(settings: ClipSettings, device: str = "auto") -> FrozenClip:
+    """Load a model by open_clip's name; one for all clients of a process.
 
-    One for all clients of a process: the same settings give the same object. `precision` is that
-    of ClipSettings.
+    The weights are a bundled name, a file, or a published tag. The same settings give the same
+    object.
 
     Raises UsageError where the model is unknown or its weights cannot be had.
     """
     on = resolve_device(device)
-    low = precision == "bfloat16" or (precision == "auto" and on.type == "cuda")
-    return _load(model, pretrained, on, torch.bfloat16 if low else torch.float32)
+    low = settings.precision == "bfloat16" or (settings.precision == "auto" and on.type == "cuda")
+    precision = torch.bfloat16 if low else torch.float32
+    return _load(settings.model, settings.pretrained, on, precision)
 
 
 @functools.lru_cache(maxsize=2)
