@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
@@ -101,6 +102,12 @@ def _write_images(folder: Path) -> None:
                     rows["label"].append(label)
                     rows["domain"].append(domain)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def frozen_clip(model: str = "tiny", pretrained: str | Path = "", **changes: Any) -> FrozenClip:
+    """Load a model on the CPU; its weights have its own name, unless a file is given."""
+    settings = ClipSettings(model=model, pretrained=str(pretrained or model), **changes)
+    return load_clip(settings, "cpu")
 
 
 def make_method(name: str, **changes: Any) -> Method[Any, Any]:
