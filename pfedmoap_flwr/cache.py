@@ -19,6 +19,7 @@ from filelock import FileLock
 from numpy.lib import format as npy
 
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.files import move
 
 ENVIRONMENT_VARIABLE = "PFEDMOAP_CACHE"
 ABANDONED = 24 * 3600  # seconds after which nobody will go on with a stopped pass
@@ -106,8 +107,7 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
                     _put(file, array, block, done, step, _checksum(path.stem, array, block))
                 done += len(block)
             with _blaming(path.parent):
-                os.fsync(file.fileno())
-                os.replace(part, path)
+                move(part, path)
     except UsageError:
         part.unlink(missing_ok=True)  # a full disk is not kept full
         raise

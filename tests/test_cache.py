@@ -200,7 +200,13 @@ def test_an_unwritable_folder_is_said(cache: Path) -> None:
 
 
 def test_a_disk_that_loses_bytes_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: os.ftruncate(file, 300))
+    move = store.move
+
+    def losing(part: Path, path: Path) -> None:
+        os.truncate(part, 300)
+        move(part, path)
+
+    monkeypatch.setattr(store, "move", losing)
     with pytest.raises(UsageError) as error:
         kept_blocks()
     said(error, cache, "not what was written")

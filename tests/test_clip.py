@@ -6,13 +6,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from conftest import frozen_clip
 from models import MADE, make, whole
 from open_clip import pretrained
 from safetensors.torch import load_file, save_file
 
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import weights
-from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
+from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.errors import UsageError
@@ -20,7 +21,7 @@ from pfedmoap_flwr.errors import UsageError
 
 @pytest.fixture(scope="module")
 def tiny() -> FrozenClip:
-    return load_clip("tiny", "tiny", "cpu")
+    return frozen_clip()
 
 
 def test_zeroshot_text_is_open_clips_own(tiny: FrozenClip) -> None:
@@ -39,11 +40,11 @@ TEXTS = ["a photo of a red panda.", "snow", "a drawing of a green tree frog."]
 def test_text_features_are_bitwise_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     if name in MADE:
         full, path = make(name, tmp_path)
-        clip = load_clip(f"made-{name}", str(path), "cpu")
+        clip = frozen_clip(f"made-{name}", path)
     else:
         path = asset(f"clip/{name}.safetensors")
         open_clip.add_model_config(path.parent)
-        full, clip = whole(name, path), load_clip(name, str(path), "cpu")
+        full, clip = whole(name, path), frozen_clip(name, path)
     assert not hasattr(clip.model, "visual")
     tokens = clip.tokenizer(TEXTS)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_text_features_are_bitwise_those_of_the_whole_model(name: str, tmp_path:
 def test_images_are_prepared_as_by_open_clip(name: str, tmp_path: Path) -> None:
     _, path = make(name, tmp_path)
     _, _, expected = open_clip.create_model_and_transforms(f"made-{name}", str(path))
-    assert repr(load_clip(f"made-{name}", str(path), "cpu").preprocess) == repr(expected)
+    assert repr(frozen_clip(f"made-{name}", path).preprocess) == repr(expected)
 
 
 def test_only_the_text_part_of_a_checkpoint_is_read(
@@ -66,7 +67,7 @@ def test_only_the_text_part_of_a_checkpoint_is_read(
     _, path = make("vit", tmp_path)
     for reader in ("load_full_model", "load_state_dict"):
         monkeypatch.setattr(weights, reader, None)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     parameters = sum(p.numel() for p in clip.model.parameters())
     assert parameters == sum(
         tensor.numel() for n, tensor in load_file(path).items() if not n.startswith("visual.")
@@ -93,7 +94,7 @@ def test_other_checkpoints_load_as_with_open_clip(
     full = whole(f"made-{name}", path)
     if kind != "other size of logit_scale":
         monkeypatch.setattr(weights, "load_full_model", None)
-    clip = load_clip(f"made-{name}", str(path), "cpu")
+    clip = frozen_clip(f"made-{name}", path)
     tokens = clip.tokenizer(TEXTS)
     with torch.no_grad():
         assert torch.equal(clip.model.encode_text(tokens), full.encode_text(tokens))
@@ -105,7 +106,7 @@ def test_published_weights_bring_their_preprocessing(
     _, path = make("vit", tmp_path)
     published = {"file": str(path), "mean": (0.5,) * 3, "std": (0.25,) * 3, "resize_mode": "squash"}
     monkeypatch.setitem(pretrained._PRETRAINED, "made-vit", {"ours": published})
-    clip = load_clip("made-vit", "ours", "cpu")
+    clip = frozen_clip("made-vit", "ours")
     _, _, expected = open_clip.create_model_and_transforms("made-vit", "ours")
     assert clip.checkpoint == path
     assert repr(clip.preprocess) == repr(expected)
@@ -124,7 +125,7 @@ def test_the_fingerprint_sees_weights_and_preprocessing(tiny: FrozenClip) -> Non
 def test_weights_load_from_a_path_as_from_a_name(tiny: FrozenClip, tmp_path: Path) -> None:
     copy = tmp_path / "weights.safetensors"
     copy.write_bytes(asset("clip/tiny.safetensors").read_bytes())
-    assert load_clip("tiny", str(copy), "cpu").fingerprint == tiny.fingerprint
+    assert frozen_clip("tiny", copy).fingerprint == tiny.fingerprint
 
 
 def test_nothing_can_be_trained(tiny: FrozenClip) -> None:
@@ -160,7 +161,7 @@ def test_weights_that_cannot_be_had_are_said(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(weights, "download_pretrained", refuse)
     with pytest.raises(UsageError, match=r"no route to host.*clip\.pretrained=/path") as raised:
-        load_clip("RN50-quickgelu", "openai", "cpu")
+        frozen_clip("RN50-quickgelu", "openai")
     assert "\n" not in str(raised.value)
 
 
@@ -168,7 +169,7 @@ def test_torn_weights_are_said(tmp_path: Path) -> None:
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(asset("clip/tiny.safetensors").read_bytes()[:1000])
     with pytest.raises(UsageError, match="could not be loaded"):
-        load_clip("tiny", str(torn), "cpu")
+        frozen_clip("tiny", torn)
 
 
 def test_cuda_is_asked_for_where_it_is_absent() -> None:
@@ -194,7 +195,7 @@ def test_a_prompt_that_does_not_fit_names_the_class(tiny: FrozenClip) -> None:
 
 
 def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
-    low = load_clip("tiny", "tiny", "cpu", "bfloat16")
+    low = frozen_clip(precision="bfloat16")
     names = ("red panda", "snow_owl")
     ctx = (0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     target = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
@@ -209,7 +210,7 @@ def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
 
 
 def test_one_model_serves_a_process() -> None:
-    same = [load_clip("tiny", "tiny", "cpu", precision) for precision in ("auto", "float32")]
+    same = [frozen_clip(precision=precision) for precision in ("auto", "float32")]
     if not torch.cuda.is_available():
-        same.append(load_clip("tiny", "tiny", "auto"))
-    assert {id(clip) for clip in same} == {id(load_clip("tiny", "tiny", "cpu"))}
+        same.append(load_clip(ClipSettings(model="tiny", pretrained="tiny")))
+    assert {id(clip) for clip in same} == {id(frozen_clip())}

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY
+from conftest import NUM_CLIENTS, TINY, frozen_clip
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cli import doctor
 from pfedmoap_flwr.cli import main as cli
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.clip.weights import held_checkpoint
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.federation import parallel
@@ -92,7 +91,7 @@ def test_it_fits_as_many_clients_as_a_run_would(
 ) -> None:
     settings = config.parse({**TINY, "method": name, "clients-at-once": 0})
     method = methods.load(name)(settings)
-    clip, images = load_clip("tiny", "tiny", "cpu"), load_images(settings.data)
+    clip, images = frozen_clip(), load_images(settings.data)
     training = doctor._rehearsal(settings, method, clip, images, (64,))
     monkeypatch.setattr(parallel, "cores", lambda: 3)
     for memory, expected in ((1, 1), (10**12, 3)):

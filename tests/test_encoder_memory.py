@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import frozen_clip
 
 from pfedmoap_flwr.clip import prefix
-from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.clip.text import PromptEncoder
 
 NAMES = ("cat", "red panda", "dog")
@@ -15,7 +15,7 @@ NAMES = ("cat", "red panda", "dog")
 
 @pytest.fixture
 def encoder() -> PromptEncoder:
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     return PromptEncoder(clip.model, clip.tokenizer, NAMES, n_ctx=4)
 
 
@@ -52,7 +52,7 @@ def test_a_prompt_is_encoded_once_however_many_borrow_it(
 
 def test_what_is_remembered_does_not_depend_on_the_company(encoder: PromptEncoder) -> None:
     pool = prompts(5)
-    clip = load_clip("tiny", "tiny", "cpu")
+    clip = frozen_clip()
     other = PromptEncoder(clip.model, clip.tokenizer, NAMES, n_ctx=4)
     with torch.no_grad():
         together = encoder(pool)

@@ -16,24 +16,30 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import frozen_clip
 from models import make
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import features, load
-from pfedmoap_flwr.clip.features import read_images
-from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.features import (
+    Reading,
+    feature_files,
+    read_images,
+    read_shape,
+    read_splits,
+)
+from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import client
+
+FEATURES, TOKENS, PIXELS = Reading(), Reading("tokens"), Reading("pixels")
 
 
 @pytest.fixture(scope="module")
 def tiny() -> FrozenClip:
-    return load_clip("tiny", "tiny", "cpu")
+    return frozen_clip()
 
 
 @pytest.fixture(autouse=True)
@@ -89,24 +95,24 @@ def test_features_are_open_clips_own(tiny: FrozenClip) -> None:
     model.eval()
     with torch.no_grad():
         batch = torch.stack([preprocess(image) for image in images["image"]])
-        expected = model.encode_image(batch, normalize=True)
-    torch.testing.assert_close(read_images(tiny, images, "features"), expected)
+        expected = model.encode_image(batch)
+    torch.testing.assert_close(read_images(tiny, images, FEATURES), expected)
 
 
 @pytest.mark.parametrize("name", ["rn", "vit-custom", "coca"])
 def test_features_of_every_kind_of_tower(name: str, tmp_path: Path) -> None:
     model, path = make(name, tmp_path)
-    clip = load_clip(f"made-{name}", str(path), "cpu")
+    clip = frozen_clip(f"made-{name}", path)
     with torch.no_grad():
-        expected = model.encode_image(prepared(clip, pictures()), normalize=True)
-    torch.testing.assert_close(read_images(clip, pictures(), "features"), expected)
+        expected = model.encode_image(prepared(clip, pictures()), normalize=False)
+    torch.testing.assert_close(read_images(clip, pictures(), FEATURES), expected)
 
 
 def test_half_precision_on_disk_is_near(tiny: FrozenClip, cache: Path) -> None:
-    full = read_images(tiny, pictures(), "features")
-    half = read_images(tiny, pictures(), "features", dtype="float16")
+    full = read_images(tiny, pictures(), FEATURES)
+    half = read_images(tiny, pictures(), FEATURES, dtype="float16")
     assert half.dtype == torch.float16
-    torch.testing.assert_close(half.float(), full, atol=1e-3, rtol=0)
+    torch.testing.assert_close(half.float(), full, atol=1e-4, rtol=1e-3)
     small, large = sorted(path.stat().st_size for path in cache.glob("*.npy"))
     assert large - small == full.nbytes // 2
 
@@ -116,30 +122,31 @@ def test_what_stands_for_the_whole_image_is_open_clips_feature(
     name: str, grid: int, tmp_path: Path
 ) -> None:
     model, path = make(name, tmp_path)
-    clip = load_clip(f"made-{name}", str(path), "cpu")
+    clip = frozen_clip(f"made-{name}", path)
     pixels = prepared(clip, pictures())
     with torch.no_grad():
         positions = project_positions(model.visual, pixels)
         torch.testing.assert_close(positions[:, 0], model.encode_image(pixels))
-    tokens = read_images(clip, pictures(), "tokens")
-    assert tokens.shape == (5, grid * grid, 64)
-    torch.testing.assert_close(tokens, F.normalize(positions[:, 1:], dim=-1))
-    assert not torch.allclose(tokens[:, 0], tokens[:, 1])
+    tokens = read_images(clip, pictures(), TOKENS)
+    assert tokens.shape == (5, 1 + grid * grid, 64)
+    torch.testing.assert_close(tokens, positions)
+    torch.testing.assert_close(tokens[:, 0], read_images(clip, pictures(), FEATURES))
+    assert not torch.allclose(tokens[:, 1], tokens[:, 2])
 
 
 def test_a_vits_tokens_are_its_own_output_projected(tmp_path: Path) -> None:
     model, path = make("vit", tmp_path)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     model.visual.output_tokens = True
     with torch.no_grad():
         _, tokens = model.visual(prepared(clip, pictures()))
-        expected = F.normalize(tokens @ model.visual.proj, dim=-1)
-    torch.testing.assert_close(read_images(clip, pictures(), "tokens"), expected)
+        expected = tokens @ model.visual.proj
+    torch.testing.assert_close(read_images(clip, pictures(), TOKENS)[:, 1:], expected)
 
 
 def test_a_resnets_token_is_what_its_pool_answers_to_that_position(tmp_path: Path) -> None:
     model, path = make("rn", tmp_path)
-    clip = load_clip("made-rn", str(path), "cpu")
+    clip = frozen_clip("made-rn", path)
     pool, seen = model.visual.attnpool, []
     pool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -151,17 +158,47 @@ def test_a_resnets_token_is_what_its_pool_answers_to_that_position(tmp_path: Pat
         attention.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
         attention.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
         attention.out_proj = pool.c_proj
-        expected = F.normalize(attention(x, x, x)[0][1:].transpose(0, 1), dim=-1)
-    torch.testing.assert_close(read_images(clip, pictures(), "tokens"), expected)
+        expected = attention(x, x, x)[0].transpose(0, 1)
+    torch.testing.assert_close(read_images(clip, pictures(), TOKENS), expected)
 
 
-def test_what_cannot_be_read_is_said(tiny: FrozenClip, cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pixels"):
-        read_images(tiny, pictures(), "pixels")
+def test_what_cannot_be_read_is_said(cache: Path, tmp_path: Path) -> None:
     _, path = make("coca", tmp_path)
+    clip = frozen_clip("made-coca", path)
     with pytest.raises(UsageError, match="patch tokens"):
-        read_images(load_clip("made-coca", str(path), "cpu"), pictures(), "tokens")
+        read_images(clip, pictures(), TOKENS)
+    with pytest.raises(UsageError, match="patch tokens"):
+        read_shape(clip, TOKENS)
     assert not list(cache.glob("*.tmp"))
+
+
+def test_pixels_are_the_towers_input_and_need_no_tower(
+    tiny: FrozenClip, cache: Path, towers: list[weakref.ref[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="flwr.pfedmoap"):
+        pixels = read_images(tiny, pictures(), PIXELS)
+    assert torch.equal(pixels, prepared(tiny, pictures()))
+    assert "image tower" not in caplog.text
+    (path,) = cache.glob("*.npy")
+    before = path.stat().st_mtime_ns
+    assert torch.equal(read_images(tiny, pictures(), PIXELS), pixels)
+    assert path.stat().st_mtime_ns == before
+    assert read_images(tiny, pictures(), Reading("pixels", views=2)).shape == (5, 2, 3, 16, 16)
+    assert towers == []
+
+
+@pytest.mark.parametrize("kind", ["features", "tokens", "pixels"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_the_shape_is_known_before_anything_is_read(
+    kind: Any, views: int, tiny: FrozenClip
+) -> None:
+    reading = Reading(kind, views)
+    assert read_shape(tiny, reading) == read_images(tiny, pictures(), reading).shape[1:]
+
+
+def test_of_no_image_nothing_is_read(tiny: FrozenClip, cache: Path) -> None:
+    assert len(read_images(tiny, pictures().select([]), FEATURES)) == 0
+    assert not cache.exists()
 
 
 # Views
@@ -171,41 +208,42 @@ def test_views_differ_and_are_the_same_again(
     tiny: FrozenClip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     state = torch.get_rng_state()
-    views = read_images(tiny, pictures(), "features", views=3)
+    views = read_images(tiny, pictures(), Reading("features", views=3))
     assert torch.equal(torch.get_rng_state(), state)
     assert views.shape == (5, 3, 64)
-    torch.testing.assert_close(views.norm(dim=-1), torch.ones(5, 3))
     assert len({tuple(view.tolist()) for view in views.flatten(0, 1)}) == 15
     torch.manual_seed(123)
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(features, "BATCH", 4)
-    torch.testing.assert_close(read_images(tiny, pictures(), "features", views=3), views)
+    torch.testing.assert_close(read_images(tiny, pictures(), Reading("features", views=3)), views)
 
 
 def test_a_view_depends_on_its_number_not_on_how_many_there_are(tiny: FrozenClip) -> None:
-    few = read_images(tiny, pictures(), "features", views=1)
-    many = read_images(tiny, pictures(), "features", views=3)
+    few = read_images(tiny, pictures(), Reading("features", views=1))
+    many = read_images(tiny, pictures(), Reading("features", views=3))
     torch.testing.assert_close(few[:, 0], many[:, 0])
 
 
 def test_equal_images_have_different_views(tiny: FrozenClip) -> None:
     twice = datasets.concatenate_datasets([pictures(1), pictures(1)])
-    one, other = read_images(tiny, twice, "features", views=1)
+    one, other = read_images(tiny, twice, Reading("features", views=1))
     assert not torch.allclose(one, other)
 
 
 def test_tokens_have_views_too(tiny: FrozenClip) -> None:
-    assert read_images(tiny, pictures(), "tokens", views=2).shape == (5, 2, 4, 64)
+    assert read_images(tiny, pictures(), Reading("tokens", views=2)).shape == (5, 2, 5, 64)
 
 
-def test_views_are_for_training_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config.parse({"clip.model": "tiny", "clip.pretrained": "tiny", "device": "cpu"})
-    settings = settings.replace({"data.num-clients": 4, "clip.features-dtype": "float16"})
-    method = methods.load("promptfl")(settings)
-    node = client._node(settings.data, settings.clip, 0, "cpu", method.reads, 2)
-    shapes = {name: tuple(split.features.shape[1:]) for name, split in node.splits(0).items()}
-    assert shapes == {"train": (2, 64), "validation": (64,), "test": (64,)}
-    assert {split.features.dtype for split in node.splits(0).values()} == {torch.float32}
+def test_views_are_for_training_images_only(tiny: FrozenClip, cache: Path) -> None:
+    splits = {"train": pictures(4), "validation": pictures(3), "test": pictures(2)}
+    splits["empty"] = pictures().select([])
+    reading = Reading(views=2)
+    found = {split: tuple(read.shape) for split, read in read_splits(tiny, splits, reading).items()}
+    expected = {"train": (4, 2, 64), "validation": (3, 64), "test": (2, 64), "empty": (0,)}
+    assert found == expected
+    files = feature_files(tiny, splits, reading)
+    assert list(files) == ["train", "validation", "test"]
+    assert sorted(files.values()) == sorted(cache.glob("*.npy"))
 
 
 # Once
@@ -218,7 +256,7 @@ def test_the_tower_is_freed_and_never_loaded_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="flwr.pfedmoap"):
-        first = read_images(tiny, pictures(), "features")
+        first = read_images(tiny, pictures(), FEATURES)
     assert [tower() for tower in towers] == [None]
     (began, ended) = [record.getMessage() for record in caplog.records]
     assert began.startswith("reading images")
@@ -226,8 +264,8 @@ def test_the_tower_is_freed_and_never_loaded_again(
     monkeypatch.setattr("pfedmoap_flwr.clip.load.load_full_model", None)
     monkeypatch.setattr("pfedmoap_flwr.clip.weights.load_full_model", None)
     load._load.cache_clear()
-    fresh = load_clip("tiny", "tiny", "cpu")
-    assert torch.equal(first, read_images(fresh, pictures(), "features"))
+    fresh = frozen_clip()
+    assert torch.equal(first, read_images(fresh, pictures(), FEATURES))
     assert len(towers) == 1
 
 
@@ -242,10 +280,10 @@ def test_a_tower_that_someone_still_holds_takes_no_memory(tiny: FrozenClip) -> N
 def test_a_bar_is_shown_on_a_terminal_only(
     tiny: FrozenClip, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    read_images(tiny, pictures(), "features")
+    read_images(tiny, pictures(), FEATURES)
     assert capfd.readouterr().out == ""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    read_images(tiny, pictures(6), "features")
+    read_images(tiny, pictures(6), FEATURES)
     shown = capfd.readouterr()
     assert "6/6" in shown.err
     assert shown.out == ""
@@ -265,7 +303,7 @@ def mapped(array: np.ndarray | Tensor) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_features_are_mapped_not_loaded(tiny: FrozenClip, cache: Path) -> None:
-    one, other = (read_images(tiny, pictures(), "features") for _ in range(2))
+    one, other = (read_images(tiny, pictures(), FEATURES) for _ in range(2))
     (path,) = cache.glob("*.npy")
     assert mapped(one) == mapped(other) == [str(path)]
     before = path.read_bytes()
@@ -275,13 +313,13 @@ def test_features_are_mapped_not_loaded(tiny: FrozenClip, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["images", "order", "weights", "preprocessing", "reads", "views", "dtype", "model"]
+    "change", ["images", "order", "weights", "preprocessing", "kind", "views", "dtype", "model"]
 )
 def test_whatever_else_is_asked_for_is_computed_anew(
     change: str, tiny: FrozenClip, cache: Path, tmp_path: Path
 ) -> None:
-    read_images(tiny, pictures(), "features")
-    other, images, more = tiny, pictures(), dict[str, Any](reads="features")
+    read_images(tiny, pictures(), FEATURES)
+    other, images, reading, dtype = tiny, pictures(), FEATURES, "float32"
     if change == "images":
         images = pictures(seed=2)
     elif change == "order":
@@ -289,30 +327,32 @@ def test_whatever_else_is_asked_for_is_computed_anew(
     elif change == "weights":
         path = tmp_path / "w.safetensors"
         path.write_bytes(asset("clip/tiny.safetensors").read_bytes()[:-1] + b"\x01")
-        other = load_clip("tiny", str(path), "cpu")
+        other = frozen_clip("tiny", path)
     elif change == "preprocessing":
         other = replace(tiny, preprocessing=replace(tiny.preprocessing, mean=(0.5, 0.5, 0.5)))
     elif change == "model":
         other = replace(tiny)
         other.config["vision_cfg"]["pool_type"] = "avg"
+    elif change == "dtype":
+        dtype = "float16"
     else:
-        more |= {change: {"reads": "tokens", "views": 1, "dtype": "float16"}[change]}
-    read_images(other, images, **more)
+        reading = {"kind": TOKENS, "views": Reading(views=1)}[change]
+    read_images(other, images, reading, dtype)  # type: ignore[arg-type]
     assert len(list(cache.glob("*.npy"))) == 2
 
 
 def _read_elsewhere(cache: str) -> tuple[np.ndarray, int]:
     os.environ["PFEDMOAP_CACHE"] = cache
     computed = []
-    original = features._encode
+    original = features._blocks
 
     def counting(*args: Any) -> Iterator[Tensor]:
         computed.append(1)
         time.sleep(0.2)
         return original(*args)
 
-    features._encode = counting
-    read = read_images(load_clip("tiny", "tiny", "cpu"), pictures(), "features")
+    features._blocks = counting
+    read = read_images(frozen_clip(), pictures(), FEATURES)
     return read.numpy().copy(), len(computed)
 
 
@@ -329,7 +369,7 @@ def test_a_stopped_pass_over_images_gives_the_same_bytes(
     tiny: FrozenClip, cache: Path, monkeypatch: pytest.MonkeyPatch, towers: list[weakref.ref[Any]]
 ) -> None:
     monkeypatch.setattr(features, "BATCH", 2)
-    original = features._positions
+    original = features.encode_image
     calls = iter([True, False])
 
     def stopped(*args: Any) -> Tensor:
@@ -337,21 +377,21 @@ def test_a_stopped_pass_over_images_gives_the_same_bytes(
             return original(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_positions", stopped)
+    monkeypatch.setattr(features, "encode_image", stopped)
     with pytest.raises(KeyboardInterrupt):
-        read_images(tiny, pictures(), "features")
+        read_images(tiny, pictures(), FEATURES)
     assert [tower() for tower in towers] == [None]
-    monkeypatch.setattr(features, "_positions", original)
-    resumed = read_images(tiny, pictures(), "features")
+    monkeypatch.setattr(features, "encode_image", original)
+    resumed = read_images(tiny, pictures(), FEATURES)
     for path in cache.glob("*.npy"):
         path.unlink()
-    assert torch.equal(read_images(tiny, pictures(), "features"), resumed)
+    assert torch.equal(read_images(tiny, pictures(), FEATURES), resumed)
 
 
 def test_weights_that_vanished_are_said(tmp_path: Path) -> None:
     _, path = make("vit", tmp_path)
-    clip = load_clip("made-vit", str(path), "cpu")
+    clip = frozen_clip("made-vit", path)
     assert clip.checkpoint_digest
     path.unlink()
     with pytest.raises(UsageError, match="could not be loaded"):
-        read_images(clip, pictures(), "features")
+        read_images(clip, pictures(), FEATURES)

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cache import cache_folder
-from pfedmoap_flwr.clip.features import feature_files, read_splits
+from pfedmoap_flwr.clip.features import Reading, feature_files, read_splits
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source
-from pfedmoap_flwr.data.images import SPLITS, ImageData, duplicates, load_images
+from pfedmoap_flwr.data.images import ImageData, duplicates, load_images
 from pfedmoap_flwr.data.partition import class_counts, manifest, partition
 from pfedmoap_flwr.data.sources.hub import is_cached
 from pfedmoap_flwr.report import data_tables, figures
@@ -92,14 +93,14 @@ def prepare(options: argparse.Namespace, console: Console) -> None:
     method = methods.load(settings.method)(settings)
     images = load_images(settings.data)
     _print_origin(images, console)
-    weights = settings.clip
-    clip = load_clip(weights.model, weights.pretrained, settings.device, weights.precision)
+    clip = load_clip(settings.clip, settings.device)
     size = megabytes(clip.checkpoint.stat().st_size)
     _say(console, f"weights: {clip.checkpoint}, {size}")
-    files = feature_files(clip, images.splits, method.reads, method.views, weights.features_dtype)
+    reading, dtype = Reading(method.reads, method.views), settings.clip.features_dtype
+    files = feature_files(clip, images.splits, reading, dtype)
     there = {split for split, file in files.items() if file.exists()}
     began = time.monotonic()
-    read_splits(clip, images.splits, method.reads, method.views, weights.features_dtype)
+    read_splits(clip, images.splits, reading, dtype)
     for split, file in files.items():
         how = "was there" if split in there else "computed"
         kept = megabytes(file.stat().st_size)

@@ -16,7 +16,7 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.cache import ENVIRONMENT_VARIABLE, cache_folder
 from pfedmoap_flwr.cli.data import is_here
-from pfedmoap_flwr.clip.features import feature_files, read_shape, views_of
+from pfedmoap_flwr.clip.features import Reading, feature_files, read_shape
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
 from pfedmoap_flwr.config import Settings
@@ -26,7 +26,7 @@ from pfedmoap_flwr.data.partition import partition
 from pfedmoap_flwr.data.sources.hub import offline
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.parallel import cores, fitting
-from pfedmoap_flwr.methods import Method, Task, Upload
+from pfedmoap_flwr.methods.base import Method, Task, Upload
 from pfedmoap_flwr.report.tables import megabytes
 from pfedmoap_flwr.training.local import Split, Training
 
@@ -74,13 +74,13 @@ def _check(settings: Settings, room: int, console: Console) -> None:
     _say(console, "data", f"{images.name}, {min(sizes)} to {max(sizes)} training images a client")
     clip = _clip(settings)
     _say(console, "weights", f"{clip.checkpoint} on {clip.device.type}")
-    shape = read_shape(clip, method.reads)
-    _say(console, "features", _features(settings, method, clip, images, shape, room))
+    reading = Reading(method.reads, method.views)
+    _say(console, "features", _features(settings, reading, clip, images, room))
     if not os.access(_existing(cache_folder()), os.W_OK):
         raise UsageError(
             f"{cache_folder()} cannot be written; set {ENVIRONMENT_VARIABLE} to another folder"
         )
-    training = _rehearsal(settings, method, clip, images, shape)
+    training = _rehearsal(settings, method, clip, images, read_shape(clip, reading))
     at_once = settings.clients_at_once or fitting(method, clip, training)
     chosen = "clients-at-once" if settings.clients_at_once else "what memory and cores allow"
     _say(console, "at once", f"{at_once} of {len(clients)} clients train in process ({chosen})")
@@ -104,26 +104,21 @@ def _clip(settings: Settings) -> FrozenClip:
             f"pfedmoap data prepare clip.model={model} clip.pretrained={pretrained}, or give a "
             "local checkpoint with clip.pretrained=/path/to/file"
         )
-    return load_clip(model, pretrained, settings.device, settings.clip.precision)
+    return load_clip(settings.clip, settings.device)
 
 
 def _features(
-    settings: Settings,
-    method: Method,
-    clip: FrozenClip,
-    images: ImageData,
-    shape: tuple[int, ...],
-    room: int,
+    settings: Settings, reading: Reading, clip: FrozenClip, images: ImageData, room: int
 ) -> str:
     """Say what is computed already. Raises UsageError where the rest has no room."""
     dtype = settings.clip.features_dtype
-    files = feature_files(clip, images.splits, method.reads, method.views, dtype)
+    files = feature_files(clip, images.splits, reading, dtype)
     missing = [split for split, file in files.items() if not file.exists()]
     if not missing:
         return "computed already"
-    each = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-    views = {split: max(1, views_of(split, method.views)) for split in missing}
-    needed = sum(len(images.splits[split]) * views[split] * each for split in missing)
+    numbers = {s: torch.Size(read_shape(clip, reading.of(s))).numel() for s in missing}
+    needed = sum(len(images.splits[s]) * numbers[s] for s in missing)
+    needed *= getattr(torch, dtype).itemsize
     if needed > room:
         raise UsageError(
             f"image features take {megabytes(needed)} and {cache_folder()} has {megabytes(room)}; "
@@ -143,9 +138,8 @@ def _rehearsal(
     method.merge(server, uploads)
     received = {n: t.to(clip.device) for n, t in method.send(server, 0, train=True).items()}
     head.receive(received)
-    views = (method.views,) if method.views else ()
     labels = torch.zeros(settings.batch_size, dtype=torch.long, device=clip.device)
-    features = torch.zeros(len(labels), *views, *shape, device=clip.device)
+    features = torch.zeros(len(labels), *shape, device=clip.device)
     return Training(0, head, Split(features, labels), received)
 
 

@@ -7,24 +7,24 @@ Shapes: P prompts, C classes, M context tokens, D text width, d embedding width,
 full length (77 for CLIP).
 """
 
-import copy
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pfedmoap_flwr.clip.settings import Position
+from pfedmoap_flwr.clip.twin import twin
+
 from . import prefix
 
 Tokenizer = Callable[..., Tensor]
 """`open_clip.get_tokenizer`'s: (texts, context_length=L) -> ids (len(texts), L)."""
-
-Position = Literal["end", "middle", "front"]
 
 
 class PromptEncoder:
@@ -326,7 +326,7 @@ class _Words:
         model: Any = self.model
         if embeddings is not None:
             path = next(name for name, m in model.named_modules() if m is self.embedding)
-            model = _with_module(model, path, _Given(self.embedding, embeddings))
+            model = twin(model, path, _Given(self.embedding, embeddings))
         features: Tensor = model.encode_text(ids.to(self.device))
         return features
 
@@ -356,15 +356,3 @@ class _Given(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.embeddings
-
-
-def _with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """A twin of `module` that shares all with it but the submodule at `path`.
-
-    The model itself stays as it is, so that others can use it at the same time.
-    """
-    name, _, rest = path.partition(".")
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    twin._modules[name] = _with_module(module.get_submodule(name), rest, new) if rest else new
-    return twin

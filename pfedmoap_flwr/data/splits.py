@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import datasets
 import numpy as np
 
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import FOLDER, Source
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
 
-SPLITS = ("train", "validation", "test")
 COOP_SHARES = (0.5, 0.2)  # train and validation; the rest is for testing
 COOP_VALIDATION = 0.2
 TEST_SHARE = 0.2

@@ -93,9 +93,9 @@ def check_agreement(cards: dict[int, Card], new: list[Card]) -> None:
             mine, theirs = card.task.classnames, first.task.classnames
             missing, extra = set(theirs) - set(mine), set(mine) - set(theirs)
             raise UsageError(
-                f"clients {first.client_id} and {card.client_id} do not know the same classes; client "
-                f"{card.client_id}: {difference(missing, extra) or _order(mine, theirs)}; give all "
-                "nodes one list with setting data.classnames"
+                f"clients {first.client_id} and {card.client_id} do not know the same classes; "
+                f"client {card.client_id}: {difference(missing, extra) or _order(mine, theirs)}; "
+                "give all nodes one list with setting data.classnames"
             )
 
 

@@ -1,9 +1,11 @@
 """Tensors <-> Flower's records, and what the two sides write into each other's messages.
 
-query     down: config {run}                      up: card (see `handshake`)
-train     down: arrays, config {run, round}       up: arrays, metrics {client, num-examples, loss,
-                                                      method.NAME ...}
-evaluate  down: arrays, config {run, round, zeroshot}   up: metrics {client, NAME-accuracy ...}
+query     down: config {run}
+          up:   card (see `handshake`)
+train     down: arrays, config {run, round}
+          up:   arrays, metrics {client, num-examples, loss, method.NAME ...}
+evaluate  down: arrays, config {run, round, zeroshot}
+          up:   metrics {client, personal-accuracy, global-validation-accuracy ...}
 """
 
 from collections.abc import Mapping

@@ -68,15 +68,21 @@ class PFedMoAPHead(PromptHead):
             return super().classify(image_features, encoded)
         image_features = F.normalize(image_features, dim=-1)
         logits = self.lambda_ * (image_features @ encoded.t())
-        if self.gate is not None and self.expert_features is not None:
-            experts = torch.cat([self.reduce(encoded).unsqueeze(0), self.expert_features])
-            query = self.reduce(image_features)
-            moe = self.gate(query, experts)
-            mixture_logits = torch.einsum("bd,bcd->bc", query, moe)
-            if not self.released:
-                mixture_logits = mixture_logits / moe.norm(dim=-1).clamp_min(1e-12)
-            logits = logits + mixture_logits
+        if self.gate is not None:
+            logits = logits + self.mixture_logits(self.gate, image_features, encoded)
         return self.logit_scale * logits
+
+    def mixture_logits(
+        self, gate: AttentionGate, image_features: Tensor, text_features: Tensor
+    ) -> Tensor:
+        """Return sim(f(x), T_MoE) (B, C) of images (B, d) and T_L (C, d): Eq. 9 and 11."""
+        if self.expert_features is None:
+            raise RuntimeError("the experts are not encoded yet; that is what `prepare` is for")
+        experts = torch.cat([self.reduce(text_features).unsqueeze(0), self.expert_features])
+        query = self.reduce(image_features)
+        moe = gate(query, experts)
+        logits = torch.einsum("bd,bcd->bc", query, moe)
+        return logits if self.released else logits / moe.norm(dim=-1).clamp_min(1e-12)
 
     def reduce(self, features: Tensor) -> Tensor:
         """Return features (..., d) as (..., d_gating): the paper's pooling.

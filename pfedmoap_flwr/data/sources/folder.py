@@ -5,13 +5,13 @@ A tree is `[SPLIT/][DOMAIN/]CLASS/image`. Images stay paths until they are read.
 
 import contextlib
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -21,6 +21,7 @@ from PIL import Image
 from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.data.catalogue import CoopLayout, Source
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.files import replace
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = {
@@ -129,7 +130,7 @@ def to_tables(rows: Sequence[Row]) -> dict[str, datasets.Dataset]:
 
 def as_read(source: Source) -> Source:
     """Return a source with the columns that `to_tables` writes."""
-    return replace(source, image="image", label="label", domain="domain")
+    return dataclasses.replace(source, image="image", label="label", domain="domain")
 
 
 def has_idx(path: Path) -> bool:
@@ -189,9 +190,7 @@ def broken(table: datasets.Dataset) -> dict[int, tuple[str, str]]:
     found = {row: why for row, why in reasons.items() if why}
     with contextlib.suppress(OSError):  # then it is decoded again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps(found))
-        os.replace(part, path)
+        replace(path, json.dumps(found))
     return {row: (names[row], why) for row, why in found.items()}
 
 
