@@ -152,9 +152,7 @@ def plan(values: Mapping[str, Value]) -> Plan:
     return Plan(settings, run_dir)
 
 
-def execute(
-    plan: Plan, engine: Engine = "in-process", console: Console | None = None
-) -> RunResult:
+def execute(plan: Plan, engine: Engine = "in-process", console: Console | None = None) -> RunResult:
     """Run a plan to its end. Raises RunFailed, and UsageError where only the run could tell."""
     if engine == "ray":
         simulate(plan.settings, plan.run_dir, console or Console())

@@ -20,6 +20,8 @@ from pfedmoap_flwr.errors import RunFailed, UsageError
 
 STOPPED = 130
 RIVALS = "pfedmoap,promptfl,coop,zeroshot"
+SEEDS = "0,1,2"
+SETTINGS = "Settings: `pfedmoap settings` lists all, `pfedmoap settings data` those of one group."
 
 app = typer.Typer(rich_markup_mode=None)
 data_app = typer.Typer(rich_markup_mode=None, help="Data sets: list, show, prepare.")
@@ -29,7 +31,6 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Settings of the run; `pfedmoap settings` lists them.",
         autocompletion=words.complete_setting,
         show_default=False,
     ),
@@ -42,7 +43,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What is learned, as the setting method; `pfedmoap settings method` lists all.",
+        help="What is learned: method=NAME. `pfedmoap settings method` lists all.",
         autocompletion=words.complete_method,
     ),
 ]
@@ -98,14 +99,17 @@ def _options(
     """Options of the command itself."""
 
 
-@app.command()
+@app.command(epilog=SETTINGS)
 def run(
     settings: Words = None,
     conf: Conf = None,
     method: Method = None,
     engine: Annotated[
         Literal["in-process", "ray"],
-        typer.Option(help="Compute in this process, or as `flwr run` does, in Ray."),
+        typer.Option(
+            help="Compute in this process, which is the default, or in Ray through `flwr run`.",
+            show_default=False,
+        ),
     ] = "in-process",
 ) -> None:
     """Run one method with one seed."""
@@ -115,12 +119,16 @@ def run(
     run_one(values, engine, Console())
 
 
-@app.command()
+@app.command(epilog=SETTINGS)
 def compare(
     settings: Words = None,
     conf: Conf = None,
-    methods: Annotated[str, typer.Option(metavar="NAME,...", help="What is compared.")] = RIVALS,
-    seeds: Annotated[str, typer.Option(metavar="SEED,...", help="Each method's runs.")] = "0,1,2",
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help=f"Default {RIVALS}.", show_default=False)
+    ] = RIVALS,
+    seeds: Annotated[
+        str, typer.Option(metavar="SEED,...", help=f"Default {SEEDS}.", show_default=False)
+    ] = SEEDS,
 ) -> None:
     """Run several methods over several seeds, all else equal."""
     values = words.read(settings, conf)
@@ -130,7 +138,7 @@ def compare(
     compare_all(methods.split(","), numbers, values, Console())
 
 
-@app.command()
+@app.command(epilog=SETTINGS)
 def doctor(settings: Words = None, conf: Conf = None, method: Method = None) -> None:
     """Say what this machine has, and whether such a run can start here without network.
 
@@ -146,10 +154,10 @@ def doctor(settings: Words = None, conf: Conf = None, method: Method = None) -> 
 def list_settings(
     prefix: Annotated[
         str,
-        typer.Argument(metavar="[PREFIX]", help="A group or the start of a key, as data.shards."),
+        typer.Argument(metavar="[PREFIX]", show_default=False),
     ] = "",
 ) -> None:
-    """List all settings, by group: key, default, and what it can be."""
+    """List settings by group: key, default, what it can be. PREFIX: those that begin so."""
     from pfedmoap_flwr.cli.settings import print_settings
 
     print_settings(prefix, Console())
@@ -163,7 +171,7 @@ def list_sets() -> None:
     print_sets(Console())
 
 
-@data_app.command()
+@data_app.command(epilog=SETTINGS)
 def show(
     settings: Words = None,
     conf: Conf = None,
@@ -180,7 +188,7 @@ def show(
     print_partition(values, figure, as_json=json, console=Console())
 
 
-@data_app.command()
+@data_app.command(epilog=SETTINGS)
 def prepare(settings: Words = None, conf: Conf = None, method: Method = None) -> None:
     """Get a data set and weights, check them, and compute all image features a run will read.
 
