@@ -13,7 +13,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.text import Position, PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
@@ -23,6 +23,7 @@ from pfedmoap_flwr.clip.weights import (
     load_text_model,
     weights_errors,
 )
+from pfedmoap_flwr.clip.words import Tokenizer, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import setting
 
@@ -49,7 +50,7 @@ class FrozenClip:
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     preprocessing: PreprocessCfg
     device: torch.device
     checkpoint: Path
