@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from pfedmoap_flwr.data.splits import difference
+from pfedmoap_flwr.data.labels import difference
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods import Task
 
