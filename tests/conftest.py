@@ -1,7 +1,7 @@
 """A tiny random CLIP and a tiny two-domain data set, found the way the embedded ones are."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,18 @@ import open_clip
 import pytest
 import torch
 from flwr.app import Message
+from pfedmoap_flwr.data.federated import Task
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pfedmoap_flwr import config
-from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
 from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.methods.base import Head, Method, Split, Work
 from pfedmoap_flwr.runs.folder import RunFolder
 
 CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
@@ -107,21 +110,40 @@ def frozen_clip(model: str = "tiny", pretrained: str | Path = "", **changes: Any
     return load_clip(settings, "cpu")
 
 
+def make_method(name: str, **changes: Any) -> Method[Any, Any]:
+    """A method with the tiny settings, the tiny CLIP and the tiny data set's classes."""
+    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    settings = config.parse({**TINY, "method": name, **changes})
+    clip = load_clip(settings.clip, "cpu")
+    task = Task(tuple(CLASSNAMES), "a drawing of {}.")
+    return methods.load(name)(settings, settings.own, clip, task)
+
+
+def make_work(
+    method: Method[Any, Any],
+    head: Head,
+    images: Split | None = None,
+    received: Mapping[str, Tensor] | None = None,
+    client_id: int = 0,
+    server_round: int = 1,
+) -> Work[Any]:
+    """What lies before a client that has these training images alone."""
+    images = images or Split(torch.zeros(0, 64), torch.zeros(0, dtype=torch.long))
+    work = Work(client_id, server_round, head, lambda name: images, received or {})
+    method.prepare(work)
+    return work
+
+
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., RunFolder]:
     """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
 
     def run(name: str = "run", **changes: Any) -> RunFolder:
-        import client_app
-        import server_app
-
         folder = tmp_path / name
         flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
         flat |= changes.pop("flat", {})
         flat |= {key.replace("_", "-"): value for key, value in changes.items()}
-        settings = config.parse(flat)
-        clients = settings.data.num_clients
-        run_in_process(server_app.app, client_app.app, settings.flat(), clients)
+        run_in_process(config.parse(flat))
         return RunFolder(folder)
 
     return run
@@ -151,7 +173,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[Exchange]:
             for message in messages:
                 ids += super().push_messages([message])
                 if "arrays" in message.content:
-                    exchanges.append(_exchange(message, self._replies[ids[-1]]))
+                    exchanges.append(_exchange(message, self.replies[ids[-1]]))
             return ids
 
     monkeypatch.setattr(in_process, "InProcessGrid", RecordingGrid)
@@ -177,9 +199,10 @@ def rounds(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def tensor_files(run: RunFolder) -> dict[str, bytes]:
-    """Return the checkpoint and every kept head, byte for byte."""
+    """Return the checkpoint and every kept head, byte for byte; a run's id is its own."""
     files = sorted(run.path.rglob("*.safetensors"))
-    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
+    names = [str(path.relative_to(run.path)).replace(run.run_id, "RUN") for path in files]
+    return {name: path.read_bytes() for name, path in zip(names, files, strict=True)}
 
 
 def assert_same(run: RunFolder, other: RunFolder) -> None:

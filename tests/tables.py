@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import datasets
 import numpy as np
 
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData
 
 
 def table(counts: Mapping[str, np.ndarray]) -> ImageData:

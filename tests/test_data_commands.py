@@ -17,8 +17,8 @@ from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.cli.data import place
 from pfedmoap_flwr.clip import features
 from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER
-from pfedmoap_flwr.data.images import SPLITS
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 Printed = pytest.CaptureFixture[str]

@@ -16,7 +16,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, load_images
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData, load_images
+from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.data.sources import folder as folders
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
@@ -34,7 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(path: Path, **changes: Any) -> ImageData:
-    return load_images(ImageSettings("folder", path=str(path), **changes))
+    return load_images(ImageSettings(name="folder", path=str(path), **changes))
 
 
 def sizes(images: ImageData) -> list[int]:

@@ -17,10 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, duplicates
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.clip.settings import ClipSettings
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData, _load, duplicates
+from pfedmoap_flwr.data.partition import ClientRows, partition
 from pfedmoap_flwr.data.partitioners import CUTS
+from pfedmoap_flwr.data.settings import DataSettings, ImageSettings
 from pfedmoap_flwr.federation import client
 
 CLASSES, DOMAINS = 6, 3
@@ -105,7 +108,9 @@ def test_what_a_client_trains_on_is_what_its_pixels_say(
     name: str, shots: int, images: ImageData
 ) -> None:
     data = settings_of(name, shots=shots)
-    node = client._node(data, ClipSettings("tiny", "tiny"), 0, "cpu", "features", 0)
+    node = client._node(
+        data, ClipSettings(model="tiny", pretrained="tiny"), 0, "cpu", "features", 0
+    )
     for rows in partition(images, data, 0):
         splits = node.splits(rows.client)
         for split in SPLITS:
@@ -120,7 +125,9 @@ def test_what_a_client_trains_on_is_what_its_pixels_say(
 @pytest.mark.usefixtures("seeing_colours")
 def test_augmented_views_stay_with_their_labels(images: ImageData) -> None:
     data = settings_of("dirichlet-domain")
-    node = client._node(data, ClipSettings("tiny", "tiny"), 0, "cpu", "features", 2)
+    node = client._node(
+        data, ClipSettings(model="tiny", pretrained="tiny"), 0, "cpu", "features", 2
+    )
     for rows in partition(images, data, 0):
         train = node.splits(rows.client)["train"]
         for view in range(2):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pfedmoap_flwr import methods
-from pfedmoap_flwr.methods import Method
+from pfedmoap_flwr.methods.base import Method
 
 ROOT = Path(methods.__file__).parents[2]
 PACKAGE = "pfedmoap_flwr"

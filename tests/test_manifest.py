@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from conftest import TINY
 from tables import even_table
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, _load, load_images
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData, _load, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
     DataSettings,
@@ -22,6 +22,7 @@ from pfedmoap_flwr.data.partition import (
     partition,
 )
 from pfedmoap_flwr.data.partitioners import CUTS
+from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client, server
 from pfedmoap_flwr.runs.folder import RunFolder
@@ -97,7 +98,7 @@ def test_a_manifest_says_all_there_is(name: str) -> None:
 def test_a_manifest_has_the_settings_that_matter_and_no_others() -> None:
     def sha256(**changes: Any) -> str:
         data = DataSettings(partition="iid", num_clients=3)
-        said = manifest(IMAGES, replace(data, **changes), 0, partition(IMAGES, data, 0))
+        said = manifest(IMAGES, data.model_copy(update=changes), 0, partition(IMAGES, data, 0))
         return str(said["sha256"])
 
     assert sha256(alpha=5.0) == sha256(template="{}") == sha256()

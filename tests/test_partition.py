@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from tables import even_table, table
 
 from pfedmoap_flwr import config
-from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.partition import (
     MIN_TEST,
     ClientRows,
@@ -33,7 +33,7 @@ alphas = st.sampled_from([0.3, 1.0, 100.0])
 
 
 def settings_of(name: str, **changes: Any) -> DataSettings:
-    return replace(DataSettings(partition=name, num_clients=3), **changes)
+    return DataSettings(**{"partition": name, "num_clients": 3, **changes})
 
 
 Case = tuple[ImageData, DataSettings]
@@ -155,7 +155,7 @@ def test_a_client_has_as_many_examples_as_asked_for(name: str) -> None:
     data = settings_of(name, alpha=100.0, min_examples=350)
     assert_enough(data, partition(IMAGES, data, 0))
     with pytest.raises(UsageError, match=r"lower data\.min-examples=481"):
-        partition(IMAGES, replace(data, min_examples=481), 0)
+        partition(IMAGES, data.model_copy(update={"min_examples": 481}), 0)
 
 
 @every_partition
@@ -204,7 +204,7 @@ def test_whole_numbers_are_less_than_one_image_off(whole: Any, draw: st.DataObje
 @given(draw=st.data())
 def test_iid_clients_are_alike_to_within_an_image(draw: st.DataObject) -> None:
     images, data = draw.draw(cases("iid"))
-    data = replace(data, min_examples=1)
+    data = data.model_copy(update={"min_examples": 1})
     many = all(len(images.splits[s]) >= MIN_TEST * data.num_clients for s in ("train", "test"))
     if not many:
         return
@@ -321,7 +321,7 @@ def test_pachinko_goes_on_where_nothing_that_a_client_likes_is_left() -> None:
 )
 def test_an_impossible_partition_is_named(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as raised:
-        partition(IMAGES, replace(DataSettings(), **changes), 0)
+        partition(IMAGES, DataSettings(**changes), 0)
     assert all(word in str(raised.value) for word in words), raised.value
 
 
@@ -332,7 +332,7 @@ def test_an_unknown_partition_is_named_with_the_nearest() -> None:
 
 
 def test_what_a_partition_reads_is_a_setting() -> None:
-    known = {field.name for field in fields(DataSettings)}
+    known = set(DataSettings.model_fields)
     for function in CUTS.values():
         images, clients, *own = inspect.signature(function).parameters.values()
         assert (images.name, clients.name) == ("images", "clients")

@@ -22,10 +22,12 @@ from copies import (
     write_tree,
 )
 
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source, find_source
 from pfedmoap_flwr.data.holdout import holdout
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings, load_images
+from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.labels import join
+from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.errors import UsageError
 
 PAPER = {
@@ -99,7 +101,7 @@ def test_the_docs_say_what_the_catalogue_says() -> None:
 @every_hub_set
 def test_labels_are_joined_by_name(source: Source, tmp_path: Path) -> None:
     copy = write_parquet(tmp_path / "copy", tables(source))
-    images = load_images(ImageSettings(source.name, path=str(copy)))
+    images = load_images(ImageSettings(name=source.name, path=str(copy)))
     assert images.classnames == source.classnames
     assert images.domains == tuple(sorted(DOMAINS.get(source.name, [""])))
     for said, seen, domain, place in shown(images, source):
@@ -125,7 +127,7 @@ def test_by_its_name_alone_from_the_cache(source: Source, tmp_path: Path) -> Non
     shutil.copytree(arrow, cached)
     for file in cached.glob("*.arrow"):
         file.rename(file.with_name(f"{name}-{file.name.split('-')[-1]}"))
-    images = load_images(ImageSettings(source.name))
+    images = load_images(ImageSettings(name=source.name))
     assert images.provenance["source"] == f"hub: {source.hub}"
     assert images.provenance["revision"] == "a1" * 20
     assert all(said == seen for said, seen, _, _ in shown(images, source))
@@ -133,7 +135,7 @@ def test_by_its_name_alone_from_the_cache(source: Source, tmp_path: Path) -> Non
 
 def test_images_stay_on_disk_and_encoded(tmp_path: Path) -> None:
     copy = write_parquet(tmp_path / "copy", tables(CATALOGUE["food101"]))
-    images = load_images(ImageSettings("food101", path=str(copy)))
+    images = load_images(ImageSettings(name="food101", path=str(copy)))
     for split in SPLITS:
         assert images.splits[split].cache_files
         assert images.splits[split].features["image"] == datasets.Image()
@@ -141,7 +143,7 @@ def test_images_stay_on_disk_and_encoded(tmp_path: Path) -> None:
 
 def test_coarse_labels_stay_with_their_images(tmp_path: Path) -> None:
     copy = write_parquet(tmp_path / "copy", tables(CATALOGUE["cifar100"]))
-    images = load_images(ImageSettings("cifar100", path=str(copy)))
+    images = load_images(ImageSettings(name="cifar100", path=str(copy)))
     for split in SPLITS:
         numbers = [read(row["image"])[0] % 2 for row in images.splits[split]]
         assert images.column(split, "coarse_label").tolist() == numbers
@@ -211,14 +213,14 @@ def test_coop_splits_give_the_same_images(tmp_path: Path) -> None:
                 listed[split].append((relative, 0, name.replace(" ", "_")))
         (root / layout.folder / layout.split).write_text(json.dumps(listed))
         for path in (root, root / layout.folder):
-            images = load_images(ImageSettings(source.name, path=str(path)))
+            images = load_images(ImageSettings(name=source.name, path=str(path)))
             for number, split in enumerate(SPLITS):
                 rows = [(read(row["image"]), row["label"]) for row in images.splits[split]]
                 assert sorted(rows) == [((c, number), c) for c in range(len(source.classnames))]
         assert layout.split in images.provenance["source"]
     (place / relative).unlink()
     with pytest.raises(UsageError, match=r"1 of 141 images .* are not there"):
-        load_images(ImageSettings("dtd", path=str(root), validation=0.0))
+        load_images(ImageSettings(name="dtd", path=str(root), validation=0.0))
 
 
 def write_idx(folder: Path, *, compress: bool) -> None:
@@ -242,7 +244,7 @@ def write_idx(folder: Path, *, compress: bool) -> None:
 @pytest.mark.parametrize("compress", [True, False])
 def test_idx_files(tmp_path: Path, compress: bool) -> None:
     write_idx(tmp_path / "idx", compress=compress)
-    images = load_images(ImageSettings("fashion-mnist", path=str(tmp_path / "idx")))
+    images = load_images(ImageSettings(name="fashion-mnist", path=str(tmp_path / "idx")))
     assert [len(images.splits[s]) for s in SPLITS] == [50, 10, 20]
     for split in SPLITS:
         for row in images.splits[split]:
@@ -255,14 +257,14 @@ def test_a_cut_idx_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "idx" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UsageError, match=r"train-images-idx3-ubyte is not an idx file"):
-        load_images(ImageSettings("fashion-mnist", path=str(tmp_path / "idx")))
+        load_images(ImageSettings(name="fashion-mnist", path=str(tmp_path / "idx")))
 
 
 def test_office_caltech_from_its_folders(tmp_path: Path) -> None:
     source = CATALOGUE["office-caltech10"]
     for domain, name in enumerate(["amazon", "caltech", "dslr", "webcam"]):
         write_tree(tmp_path / name, dict.fromkeys(hub_names(source), 10), domain)
-    images = load_images(ImageSettings(source.name, path=str(tmp_path)))
+    images = load_images(ImageSettings(name=source.name, path=str(tmp_path)))
     assert images.classnames == source.classnames
     assert images.domains == ("amazon", "caltech", "dslr", "webcam")
     assert [len(images.splits[s]) for s in SPLITS] == [4 * 70, 4 * 10, 4 * 20]
@@ -270,7 +272,7 @@ def test_office_caltech_from_its_folders(tmp_path: Path) -> None:
         for row in images.splits[split]:
             assert read(row["image"]) == (row["label"], row["domain"])
     with pytest.raises(UsageError, match="office-caltech10 needs DOMAIN/CLASS"):
-        load_images(ImageSettings(source.name, path=str(tmp_path / "dslr")))
+        load_images(ImageSettings(name=source.name, path=str(tmp_path / "dslr")))
 
 
 # What goes wrong is one line that says what to do
@@ -294,7 +296,7 @@ def one_line(settings: ImageSettings) -> str:
 
 @every_hub_set
 def test_without_network_the_local_ways_are_named(source: Source) -> None:
-    said = one_line(ImageSettings(source.name))
+    said = one_line(ImageSettings(name=source.name))
     assert all(word in said for word in (source.hub, "data.path", "HF_HUB_OFFLINE=1"))
 
 
@@ -303,30 +305,32 @@ def test_a_gated_set_says_how_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None
         raise datasets.exceptions.DatasetNotFoundError("is a gated dataset on the Hub.\nLog in")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    assert "hf auth login" in one_line(ImageSettings("domainnet"))
+    assert "hf auth login" in one_line(ImageSettings(name="domainnet"))
 
 
 def test_what_is_on_no_hub_says_so() -> None:
-    assert "DOMAIN/CLASS" in one_line(ImageSettings("office-caltech10"))
+    assert "DOMAIN/CLASS" in one_line(ImageSettings(name="office-caltech10"))
 
 
 def test_wrong_paths(tmp_path: Path) -> None:
-    assert "there is nothing at" in one_line(ImageSettings("dtd", path=str(tmp_path / "absent")))
+    assert "there is nothing at" in one_line(
+        ImageSettings(name="dtd", path=str(tmp_path / "absent"))
+    )
     (tmp_path / "broken.parquet").write_bytes(b"no table")
-    assert "cannot be read" in one_line(ImageSettings("dtd", path=str(tmp_path)))
-    assert "part of the package" in one_line(ImageSettings(BUNDLED, path=str(tmp_path)))
-    assert "own list" in one_line(ImageSettings("dtd", classnames="a,b"))
+    assert "cannot be read" in one_line(ImageSettings(name="dtd", path=str(tmp_path)))
+    assert "part of the package" in one_line(ImageSettings(name=BUNDLED, path=str(tmp_path)))
+    assert "own list" in one_line(ImageSettings(name="dtd", classnames="a,b"))
 
 
 def test_a_wrong_schema_shows_both(tmp_path: Path) -> None:
     made = tables(CATALOGUE["cifar10"], per_class=1)
     renamed = {split: table.rename_column("img", "image") for split, table in made.items()}
     copy = write_parquet(tmp_path / "renamed", renamed)
-    said = one_line(ImageSettings("cifar10", path=str(copy)))
+    said = one_line(ImageSettings(name="cifar10", path=str(copy)))
     assert "expected columns img (Image), label (class names)" in said
     assert "found image (Image), label (ClassLabel)" in said
     copy = write_parquet(tmp_path / "split", {"train": made["train"]})
-    said = one_line(ImageSettings("cifar10", path=str(copy)))
+    said = one_line(ImageSettings(name="cifar10", path=str(copy)))
     assert "expected splits train, test; found train" in said
 
 
@@ -353,5 +357,5 @@ def test_names_may_be_text_and_domains_numbers(tmp_path: Path) -> None:
     made = made.remove_columns("label").add_column("label", labels)
     made = made.cast_column("domain", datasets.ClassLabel(names=domains))
     copy = write_parquet(tmp_path / "copy", {"train": made})
-    images = load_images(ImageSettings("pacs", path=str(copy)))
+    images = load_images(ImageSettings(name="pacs", path=str(copy)))
     assert all((a, c) == (b, d) for a, b, c, d in shown(images, replace(source)))

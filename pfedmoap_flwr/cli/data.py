@@ -12,8 +12,9 @@ from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.clip.features import Reading, feature_files, read_splits
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source
-from pfedmoap_flwr.data.images import SPLITS, ImageData, duplicates, load_images
+from pfedmoap_flwr.data.images import ImageData, duplicates, load_images
 from pfedmoap_flwr.data.partition import class_counts, manifest, partition
 from pfedmoap_flwr.data.sources.hub import is_cached
 from pfedmoap_flwr.report import data_tables, figures

@@ -26,7 +26,7 @@ from pfedmoap_flwr.data.partition import partition
 from pfedmoap_flwr.data.sources.hub import offline
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.parallel import cores, fitting
-from pfedmoap_flwr.methods import Method, Task, Upload
+from pfedmoap_flwr.methods.base import Method, Task, Upload
 from pfedmoap_flwr.report.tables import megabytes
 from pfedmoap_flwr.training.local import Split, Training
 

@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.utils import to_2tuple
 from torch import Tensor
 
-from pfedmoap_flwr.clip.text import Position, PromptEncoder
+from pfedmoap_flwr.clip.settings import ClipSettings, Position
+from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
@@ -25,19 +27,6 @@ from pfedmoap_flwr.clip.weights import (
 )
 from pfedmoap_flwr.clip.words import Tokenizer, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.settings import setting
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """The frozen model."""
-
-    model: str = setting("mini", "an open_clip model name")
-    pretrained: str = setting("mini", "bundled name, published tag, or path of a checkpoint")
-    features_dtype: Literal["float32", "float16"] = setting("float32", "image features on disk")
-    precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of the text tower's products; auto: bfloat16 on CUDA, float32 on the CPU"
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +49,12 @@ class FrozenClip:
     def logit_scale(self) -> float:
         """The inverse temperature 1/tau of Eq. 4."""
         return float(self.model.logit_scale.exp())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image tower's input, in pixels."""
+        height, width = to_2tuple(self.preprocessing.size)
+        return height, width
 
     @functools.cached_property
     def fingerprint(self) -> str:

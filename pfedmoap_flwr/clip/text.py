@@ -12,16 +12,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfedmoap_flwr.clip import prefix
+from pfedmoap_flwr.clip.settings import Position
 from pfedmoap_flwr.clip.words import Tokenizer, Words, embed_words
-
-Position = Literal["end", "middle", "front"]
 
 
 class PromptEncoder:

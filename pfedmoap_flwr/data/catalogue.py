@@ -16,7 +16,6 @@ from pfedmoap_flwr.errors import UsageError
 PHOTO = "a photo of a {}."
 FOLDER = "folder"
 BUNDLED = "emoji-domains"
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from pfedmoap_flwr.data.catalogue import SPLITS, Source
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.catalogue import Source
 from pfedmoap_flwr.randomness import numpy_generator
 
 COOP_SHARES = (0.5, 0.2)  # train and validation; the rest is for testing

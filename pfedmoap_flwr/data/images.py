@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, FOLDER, Source, find_source
-from pfedmoap_flwr.data.catalogue import SPLITS as SPLITS
 from pfedmoap_flwr.data.holdout import holdout
 from pfedmoap_flwr.data.labels import join, listed
+from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.data.sources import folder, hub
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.settings import setting
 
 logger = logging.getLogger("flwr.pfedmoap")
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Which images."""
-
-    name: str = setting("emoji-domains", "data set, or 'folder' for your own images")
-    path: str = setting("", "its local copy, or your folder, CSV or saved data set; empty: the hub")
-    classnames: str = setting("", "your images' class list: a text file, or names between commas")
-    strict: bool = setting(False, "end at a broken image instead of skipping it")
-    validation: float = setting(
-        0.1, "share of train held out where no validation images are published", low=0, high=0.9
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +52,11 @@ def load_images(data: ImageSettings | str) -> ImageData:
     Raises UsageError where it is unknown, not to be had, or not what it should be.
     """
     if isinstance(data, str):
-        data = ImageSettings(data)
+        data = ImageSettings(name=data)
     # Of a subclass only what is said here counts, or equal images would be loaded twice
-    return _load(ImageSettings(**{f.name: getattr(data, f.name) for f in fields(ImageSettings)}))
+    return _load(
+        ImageSettings(**{name: getattr(data, name) for name in ImageSettings.model_fields})
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -9,36 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.partitioners import CUTS, Part, class_sizes
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
-from pfedmoap_flwr.settings import Value, key_of, setting
-
-
-@dataclass(frozen=True)
-class DataSettings(ImageSettings):
-    """The images and who holds them."""
-
-    template: str = setting(
-        "", "zero-shot sentence with {} for the class; empty: the data set's own"
-    )
-    partition: str = setting("dirichlet-domain", "how images go to clients", choices=tuple(CUTS))
-    num_clients: int = setting(20, "clients N", low=1)
-    min_examples: int = setting(10, "training images that every client has at least", low=1)
-    shots: int = setting(0, "training images per class and client; 0: all", low=0)
-    alpha: float = setting(
-        0.3,
-        "Dirichlet concentration (dirichlet*, pachinko's coarse classes); small is skewed",
-        above=0,
-    )
-    fine_alpha: float = setting(
-        10.0, "pachinko: concentration over the fine classes of a coarse one", above=0
-    )
-    coarse_column: str = setting("coarse_label", "pachinko: column with the coarse class")
-    shards_per_client: int = setting(2, "shards: how many a client is dealt", low=1)
-    id_column: str = setting("domain", "natural: column whose values are the clients")
-
+from pfedmoap_flwr.settings import Value, key_of
 
 MIN_TEST = 2
 ATTEMPTS = 1000

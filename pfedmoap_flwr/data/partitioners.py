@@ -6,14 +6,21 @@ and test, so that all splits of a client follow one class distribution. Keyword-
 the settings that a way reads besides the number of clients.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import key_of
+
+# Only for types: its names are those of settings, which are read before a data set is
+if TYPE_CHECKING:
+    from pfedmoap_flwr.data.images import ImageData
 
 # Numbers that differ by less are one: the last bits of a sum may depend on the machine
 SAME = 1e-9

@@ -1,6 +1,6 @@
 """The two Flower apps; `server_app.py` and `client_app.py` of a clone hand them to Flower."""
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -9,12 +9,17 @@ from pfedmoap_flwr.federation.server import serve
 
 server_app = ServerApp()
 client_app = ClientApp()
-client_app.query()(client.answering(client.query))
-client_app.train()(client.answering(client.train))
-client_app.evaluate()(client.answering(client.evaluate))
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation."""
     serve(grid, context)
+
+
+@client_app.query()
+@client_app.train()
+@client_app.evaluate()
+def reply(message: Message, context: Context) -> Message:
+    """Answer one message."""
+    return client.answer([(message, context)])[0]

@@ -1,4 +1,12 @@
-"""Tensors <-> Flower's records, and their declared size."""
+"""Tensors <-> Flower's records, and what the two sides write into each other's messages.
+
+query     down: config {run}
+          up:   card (see `handshake`)
+train     down: arrays, config {run, round}
+          up:   arrays, metrics {client, num-examples, loss, method.NAME ...}
+evaluate  down: arrays, config {run, round, zeroshot}
+          up:   metrics {client, personal-accuracy, global-validation-accuracy ...}
+"""
 
 from collections.abc import Mapping
 
@@ -6,6 +14,9 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
+
+METHOD_METRIC = "method."
+"""What a metric of a method's own begins with, so that it is never taken for one of ours."""
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

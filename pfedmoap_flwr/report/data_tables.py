@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import Source
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.partition import ClientRows, class_counts
 
 LARGEST = 3  # classes named where there is no room for all

@@ -1,64 +1,27 @@
 """The run folder: settings, environment, partition, rounds, clients, summary, checkpoint."""
 
 import csv
+import functools
+import io
 import json
-import os
-import platform
-import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+from uuid import uuid4
 
-import torch
-
-from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr import files
 from pfedmoap_flwr.config import Settings, parse
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.runs.environment import environment
+from pfedmoap_flwr.runs.record import Round
 
-PACKAGES = ("pfedmoap-flwr", "flwr", "torch", "open_clip_torch", "datasets", "numpy")
 # Where a run lies and how it is reached, not what it computes
 PLACES = ("run-dir", "resume", "state-dir", "min-nodes", "node-timeout", "device")
 
 
-@dataclass
-class RoundRecord:
-    """One line of rounds.jsonl. Bytes are those of training; evaluation only measures."""
-
-    round: int
-    seconds: float = 0.0
-    train_loss: float | None = None
-    bytes_down: dict[int, int] = field(default_factory=dict)
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    clients: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def mean(self, metric: str) -> float | None:
-        """Return the unweighted mean over clients (the paper's metric), or None without one."""
-        values = [m[metric] for m in self.clients.values() if metric in m]
-        return fmean(values) if values else None
-
-    def worst(self, metric: str) -> float | None:
-        """Return the lowest value of all clients that have one, or None without one."""
-        return min((m[metric] for m in self.clients.values() if metric in m), default=None)
-
-    def line(self, rounds: int) -> str:
-        """Return a short progress line."""
-        parts = [f"round {self.round}/{rounds}"]
-        if self.train_loss is not None:
-            parts.append(f"loss {self.train_loss:.3f}")
-        for name in ("personal", "global"):
-            if (value := self.mean(f"{name}-accuracy")) is not None:
-                parts.append(f"{name} {value:.1%}")
-        if self.failed:
-            parts.append(f"{len(self.failed)} failed")
-        return "  ".join([*parts, f"{self.seconds:.1f} s"])
-
-
 class RunFolder:
-    """One run on disk. Every file is written whole or not at all."""
+    """One run on disk. A file is replaced whole; rounds.jsonl grows by whole lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,8 +35,8 @@ class RunFolder:
         folder = cls(Path(settings.run_dir) if settings.run_dir else default_path(settings))
         check_unused(folder.path)
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder._write("settings.json", json.dumps(settings.flat(), indent=2))
-        folder._write("environment.json", json.dumps(environment(), indent=2))
+        folder._write("settings.json", settings.flat())
+        folder._write("environment.json", {"run_id": uuid4().hex, **environment()})
         return folder
 
     @classmethod
@@ -85,42 +48,48 @@ class RunFolder:
         folder = cls(Path(settings.resume))
         check_same(load_settings(folder.path), settings)
         folder.forget_ending()
-        kept = [r for r in folder.rounds() if r.round <= completed]
-        folder._write("rounds.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in kept))
+        kept = [r.to_json() + "\n" for r in folder.rounds() if r.round <= completed]
+        files.replace(folder.path / "rounds.jsonl", "".join(kept))
         return folder
 
-    def save_partition(self, manifest: dict[str, Any]) -> None:
+    @functools.cached_property
+    def run_id(self) -> str:
+        """What tells this run from every other one, of the same name too: 32 hex digits."""
+        said = json.loads((self.path / "environment.json").read_text())
+        return str(said["run_id"])
+
+    def save_partition(self, manifest: Mapping[str, Any]) -> None:
         """Write partition.json: which client holds which images."""
-        self._write("partition.json", json.dumps(manifest))
+        self._write("partition.json", manifest, indent=None)
 
-    def save_data(self, origins: list[dict[str, Any]]) -> None:
+    def save_data(self, origins: Sequence[Mapping[str, Any]]) -> None:
         """Write data.json: where which clients' images come from."""
-        self._write("data.json", json.dumps(origins, indent=2))
+        self._write("data.json", origins)
 
-    def append_round(self, record: RoundRecord) -> None:
+    def append_round(self, record: Round) -> None:
         """Add a line to rounds.jsonl."""
-        with (self.path / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+        files.append_line(self.path / "rounds.jsonl", record.to_json())
 
-    def rounds(self) -> list[RoundRecord]:
-        """Return all rounds that were written."""
+    def rounds(self) -> list[Round]:
+        """Return all rounds that were written whole."""
         path = self.path / "rounds.jsonl"
         if not path.is_file():
             return []
         # A last line without its end was cut off while being written
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [_record(json.loads(line)) for line in lines]
+        return [Round.from_json(line) for line in lines]
 
-    def finish(self, settings: Settings, cards: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish(self, settings: Settings, cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write clients.csv and summary.json and return the summary."""
         rounds = self.rounds()
         rows = _client_rows(rounds, cards)
-        with (self.path / "clients.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        files.replace(self.path / "clients.csv", table.getvalue())
         summary = summarise(settings, rounds)
-        self._write("summary.json", json.dumps(summary, indent=2))
+        self._write("summary.json", summary)
         return summary
 
     def forget_ending(self) -> None:
@@ -130,12 +99,10 @@ class RunFolder:
 
     def fail(self, reason: str) -> None:
         """Leave the reason why a run ended, for the command that started it."""
-        self._write("error.txt", reason)
+        files.replace(self.path / "error.txt", reason)
 
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+    def _write(self, name: str, said: Any, indent: int | None = 2) -> None:
+        files.replace(self.path / name, json.dumps(said, indent=indent))
 
 
 def default_path(settings: Settings) -> Path:
@@ -170,36 +137,15 @@ def check_unused(run_dir: Path) -> None:
 def check_same(before: Settings, now: Settings) -> None:
     """Raise UsageError naming a setting by which a resumed run would differ from its start."""
     old, new = before.flat(), now.flat()
-    for key in old.keys() - set(PLACES) - {"num-server-rounds"}:
-        if old[key] != new[key]:
+    for key in sorted(old.keys() - set(PLACES) - {"num-server-rounds"}):
+        if old[key] != new.get(key):
             raise UsageError(
-                f"setting {key}={new[key]!r}: the run to resume has {old[key]!r}; only "
+                f"setting {key}={new.get(key)!r}: the run to resume has {old[key]!r}; only "
                 "num-server-rounds may change"
             )
 
 
-def environment() -> dict[str, str]:
-    """Return versions, device and commit."""
-    # Flower runs a copy of the code without history and binary files: those lie in the repository
-    repository = asset("clip/mini.safetensors").parent
-    git = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        **{package: version(package) for package in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "device": device,
-        "commit": commit or "unknown",
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def summarise(settings: Settings, rounds: list[RoundRecord]) -> dict[str, Any]:
+def summarise(settings: Settings, rounds: Sequence[Round]) -> dict[str, Any]:
     """Return what summary.json holds: accuracies of the last evaluation, bytes of all rounds."""
     last = next(r for r in reversed(rounds) if r.clients)
     trained = [r for r in rounds if r.round > 0]
@@ -223,24 +169,20 @@ def summarise(settings: Settings, rounds: list[RoundRecord]) -> dict[str, Any]:
     }
 
 
-def _client_rows(rounds: list[RoundRecord], cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _client_rows(
+    rounds: Sequence[Round], cards: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     last = next(r for r in reversed(rounds) if r.clients)
     metrics = ("personal-accuracy", "global-accuracy", "personal-validation-accuracy")
     rows = []
     for card in cards:
-        client = card["client"]
+        client_id = card["client"]
         row = dict(card)
-        row |= {m.replace("-", "_"): last.clients.get(client, {}).get(m, "") for m in metrics}
-        row["zeroshot_accuracy"] = rounds[0].clients.get(client, {}).get("zeroshot-accuracy", "")
-        row["participations"] = sum(client in r.bytes_up for r in rounds)
-        row["bytes_down"] = sum(r.bytes_down.get(client, 0) for r in rounds)
-        row["bytes_up"] = sum(r.bytes_up.get(client, 0) for r in rounds)
+        measured = last.clients.get(client_id, {})
+        row |= {m.replace("-", "_"): measured.get(m, "") for m in metrics}
+        row["zeroshot_accuracy"] = rounds[0].clients.get(client_id, {}).get("zeroshot-accuracy", "")
+        row["participations"] = sum(client_id in r.bytes_up for r in rounds)
+        row["bytes_down"] = sum(r.bytes_down.get(client_id, 0) for r in rounds)
+        row["bytes_up"] = sum(r.bytes_up.get(client_id, 0) for r in rounds)
         rows.append(row)
     return rows
-
-
-def _record(line: dict[str, Any]) -> RoundRecord:
-    """JSON turned the client numbers into texts."""
-    for name in ("bytes_down", "bytes_up", "failed", "clients"):
-        line[name] = {int(client): value for client, value in line[name].items()}
-    return RoundRecord(**line)

@@ -4,11 +4,13 @@ Files carry their round so that a server that resumes from round t finds the cli
 round t, even where the client had gone further.
 """
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from pfedmoap_flwr import files
 
 
 class KeptHeads:
@@ -22,21 +24,14 @@ class KeptHeads:
         rounds = [r for r in self._rounds() if r < before]
         return load_file(self._path(max(rounds))) if rounds else None
 
-    def save(self, server_round: int, head: dict[str, Tensor]) -> None:
+    def save(self, server_round: int, head: Mapping[str, Tensor]) -> None:
         """Save a round's head whole or not at all; keep only the newest one before it as well."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(server_round)
-        save_file(head, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        files.replace(self._path(server_round), save(dict(head)))
         earlier = sorted(r for r in self._rounds() if r < server_round)
         later = [r for r in self._rounds() if r > server_round]
         for stale in [*earlier[:-1], *later]:
             self._path(stale).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Forget all heads, at the start of a run: one of the same name may have left some."""
-        for server_round in self._rounds():
-            self._path(server_round).unlink(missing_ok=True)
 
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:05d}.safetensors"

@@ -1,111 +1,105 @@
-"""What clients compute: local training and evaluation. Plain PyTorch."""
+"""What a client computes: local training and evaluation. Plain PyTorch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.methods import Head, Method, Received
-from pfedmoap_flwr.randomness import torch_generator
+from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.methods.base import Head, Method, Phase, Split, Work
 from pfedmoap_flwr.training.stacked import IGNORED, Stack
-
-EVALUATION_BATCH = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """One client's part of a split: features (n, d) and labels (n,)."""
-
-    features: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """What one client trains: its head, its images, what it received (on the head's device)."""
-
-    client: int
-    head: Head
-    data: Split
-    received: Received
 
 
 def train(
-    method: Method, trainings: Sequence[Training], server_round: int
+    method: Method[Any, Any], works: Sequence[Work[Any]], phases: Sequence[Phase] | None = None
 ) -> dict[int, float | None]:
-    """Train heads in place for the local epochs; return each client's mean loss of the last one.
+    """Train heads in place, by the method's schedule or the phases given.
 
-    The order of a client's images is a function of (seed, client, round). None: nothing moved.
-    Several heads must be of one kind (`stacked.kind`); they move in the same steps, each by its
-    own loss. A client that has fewer batches rests until the next epoch.
+    Return each client's mean loss of its last epoch by client id; None: nothing moved. The order of
+    a client's images is a function of (seed, client, round).
+
+    Several heads must be alike (`stacked.likeness`): they move in the same steps, each by its own
+    loss, and a client that has fewer batches rests until the next epoch.
     """
-    settings = method.settings
     # Those that still have a batch are always the first ones
-    trainings = sorted(trainings, key=lambda t: -len(t.data))
-    stack = stacked(method, trainings)
-    epoch_of = _Epochs(trainings, settings.batch_size, settings.seed, server_round)
-    losses: list[float | None] = [None] * len(trainings)
-    for head in stack.heads:
-        head.train()
-    for epochs, names in method.schedule(stack.heads[0], settings.local_epochs):
-        moving = {n: ps for n, ps in stack.parameters.items() if n in names}
-        if not moving:
+    works = sorted(works, key=lambda work: -len(work.images))
+    stack = Stack(method, works)
+    if phases is None:
+        phases = method.schedule(works[0].head, method.settings.local_epochs)
+    batches = _Batches(method, works)
+    losses: list[float | None] = [None] * len(works)
+    for work in works:
+        work.head.train()
+    for epochs, names in phases:
+        moving = {name: ps for name, ps in stack.parameters.items() if name in names}
+        if not moving or not epochs:
             continue
         for name, parameters in stack.parameters.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in moving)
-        groups = [{"params": parameters, "name": name} for name, parameters in moving.items()]
-        optimizer = torch.optim.SGD(groups, lr=settings.lr, **method.sgd())
+        optimizers = _optimizers(method, works, moving)
         for epoch in range(epochs):
-            for group in optimizer.param_groups:
+            for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = method.lr(group["name"], epoch, epochs)
-            total = torch.zeros(len(trainings), device=trainings[0].data.labels.device)
-            for features, labels, sizes in epoch_of.batches():
-                step_losses = stack.losses(features, labels)
-                optimizer.zero_grad()
-                step_losses.sum().backward()
-                optimizer.step()
-                total[: len(sizes)] += step_losses.detach() * sizes
-        sums = total.tolist()
-        losses = [s / len(t.data) for s, t in zip(sums, trainings, strict=True)]
-    return {t.client: loss for t, loss in zip(trainings, losses, strict=True)}
+            totals = _one_epoch(stack, optimizers, batches)
+        losses = [total / len(w.images) for total, w in zip(totals, works, strict=True)]
+    return {work.client_id: loss for work, loss in zip(works, losses, strict=True)}
 
 
-def stacked(method: Method, trainings: Sequence[Training]) -> Stack:
-    """Return the heads of trainings side by side."""
-    heads = [training.head for training in trainings]
-    return Stack(method, heads, [training.received for training in trainings])
+def _one_epoch(
+    stack: Stack, optimizers: Sequence[torch.optim.Optimizer], batches: "_Batches"
+) -> list[float]:
+    """Move the heads through all their batches once; return each one's sum of losses."""
+    totals = torch.zeros(len(stack.heads), device=batches.labels.device)
+    for features, labels, sizes in batches.epoch():
+        losses = stack.losses(features, labels)
+        # One optimizer for all, or one each: who rests in this step has no gradient, and stays
+        active = optimizers if len(optimizers) == 1 else optimizers[: len(sizes)]
+        for optimizer in active:
+            optimizer.zero_grad()
+        losses.sum().backward()
+        for optimizer in active:
+            optimizer.step()
+        totals[: len(sizes)] += losses.detach() * sizes
+    return totals.tolist()
 
 
-def first_images(trainings: Sequence[Training], count: int) -> tuple[Tensor, Tensor]:
+def _optimizers(
+    method: Method[Any, Any],
+    works: Sequence[Work[Any]],
+    moving: Mapping[str, Sequence[Tensor]],
+) -> list[torch.optim.Optimizer]:
+    """Return one optimizer for each head, or one for all where SGD of each parameter is all."""
+    if type(method).optimizer is Method.optimizer:
+        groups = [{"name": name, "params": list(ps)} for name, ps in moving.items()]
+        return [method.optimizer(works[0], groups)]
+    return [
+        method.optimizer(work, [{"name": name, "params": [ps[i]]} for name, ps in moving.items()])
+        for i, work in enumerate(works)
+    ]
+
+
+def first_images(works: Sequence[Work[Any]], count: int) -> tuple[Tensor, Tensor]:
     """Return features (A, count, ...) and labels (A, count); short of images, they repeat."""
-    chosen = [(t.data, torch.arange(count) % len(t.data)) for t in trainings]
+    chosen = [(w.images, torch.arange(count) % len(w.images)) for w in works]
     features = torch.stack([data.features[rows.to(data.labels.device)] for data, rows in chosen])
     labels = torch.stack([data.labels[rows.to(data.labels.device)] for data, rows in chosen])
     return features, labels
 
 
-class _Epochs:
+class _Batches:
     """The batches of clients in step, each client's images in an order of its own."""
 
-    def __init__(
-        self, trainings: Sequence[Training], batch_size: int, seed: int, server_round: int
-    ) -> None:
-        self.sizes = [len(training.data) for training in trainings]
-        self.batch_size = batch_size
-        self.features = torch.cat([training.data.features for training in trainings])
-        self.labels = torch.cat([training.data.labels for training in trainings])
-        self.generators = [
-            torch_generator(seed, "batches", training.client, server_round)
-            for training in trainings
-        ]
+    def __init__(self, method: Method[Any, Any], works: Sequence[Work[Any]]) -> None:
+        self.sizes = [len(work.images) for work in works]
+        self.batch_size = method.settings.batch_size
+        self.features = torch.cat([work.images.features for work in works])
+        self.labels = torch.cat([work.images.labels for work in works])
+        self.generators = [method.generator("batches", w.client_id, w.round) for w in works]
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield a step's features (A, b, ...), labels (A, b), sizes (A,) for A clients at work.
 
         Where a client has fewer than b images left, the rest have the label that no loss counts.
@@ -138,13 +132,26 @@ def accuracies(head: Head, splits: Mapping[str, Split]) -> dict[str, float]:
     """
     head.eval()
     encoded = head.encode()
-    return {name: _accuracy(head, encoded, data) for name, data in splits.items() if len(data)}
+    return {
+        name: _share_right(head.predict(data.features, encoded), data.labels)
+        for name, data in splits.items()
+        if len(data)
+    }
 
 
-def _accuracy(head: Head, encoded: Any, data: Split) -> float:
-    right = torch.zeros((), dtype=torch.long, device=data.labels.device)
-    for start in range(0, len(data), EVALUATION_BATCH):
-        part = slice(start, start + EVALUATION_BATCH)
-        predicted = head.classify(data.features[part], encoded).argmax(dim=1)
-        right += (predicted == data.labels[part]).sum()
-    return int(right) / len(data)
+@torch.no_grad()
+def zeroshot_accuracies(
+    clip: FrozenClip, task: Task, splits: Mapping[str, Split]
+) -> dict[str, float]:
+    """Return, by split, the accuracy of CLIP with the task's sentence; features are (n, d)."""
+    # An image feature's length has no say in which class is nearest
+    text_features = clip.zeroshot(task.classnames, task.template)
+    return {
+        name: _share_right(data.features @ text_features.t(), data.labels)
+        for name, data in splits.items()
+        if len(data)
+    }
+
+
+def _share_right(logits: Tensor, labels: Tensor) -> float:
+    return int((logits.argmax(dim=1) == labels).sum()) / len(labels)

@@ -14,7 +14,8 @@ import datasets
 import huggingface_hub
 import huggingface_hub.constants
 
-from pfedmoap_flwr.data.catalogue import FOLDER, SPLITS, Source
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.catalogue import FOLDER, Source
 from pfedmoap_flwr.errors import UsageError
 
 logger = logging.getLogger("flwr.pfedmoap")

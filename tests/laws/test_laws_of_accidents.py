@@ -12,11 +12,11 @@ from conftest import assert_same, rounds, tensor_files
 from flwr.app import Message
 from torch import Tensor
 
-from pfedmoap_flwr import methods
-from pfedmoap_flwr.cli.main import execute, make_plan
+from pfedmoap_flwr import api, methods
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
-from pfedmoap_flwr.federation import strategy
+from pfedmoap_flwr.federation.strategy import PromptStrategy
+from pfedmoap_flwr.methods.base import Method, ServerState, Work
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
@@ -53,10 +53,10 @@ def kill_before_checkpoint(monkeypatch: pytest.MonkeyPatch, server_round: int) -
     """End the run when a round is written down and its checkpoint is not."""
     save = checkpoint.save
 
-    def mortal(server: methods.Server, run_dir: Path) -> None:
-        if server.round == server_round:
+    def mortal(state: ServerState, run_dir: Path) -> None:
+        if state.round == server_round:
             raise Killed
-        save(server, run_dir)
+        save(state, run_dir)
 
     monkeypatch.setattr(checkpoint, "save", mortal)
 
@@ -70,8 +70,7 @@ def run_until_killed(federate: Federate, kill: Kill, server_round: int, **option
 
 def resumed(run: RunFolder) -> RunFolder:
     """Go on to round 4 as `pfedmoap run resume=DIR num-server-rounds=4` does."""
-    console: Any = None
-    execute(make_plan({"resume": str(run.path), "num-server-rounds": 4}), console, in_process=True)
+    api.execute(api.plan({"resume": str(run.path), "num-server-rounds": 4}))
     return run
 
 
@@ -164,13 +163,12 @@ BROKEN = 2
 
 def leave_out(monkeypatch: pytest.MonkeyPatch, server_round: int) -> None:
     """Do not sample one client in one round."""
-    sample = strategy.PromptStrategy._sample
+    participants = PromptStrategy.participants
 
-    def smaller(self: strategy.PromptStrategy, number: int) -> list[int]:
-        sampled = sample(self, number)
-        return [c for c in sampled if (c, number) != (BROKEN, server_round)]
+    def smaller(self: PromptStrategy, number: int) -> list[int]:
+        return [c for c in participants(self, number) if (c, number) != (BROKEN, server_round)]
 
-    monkeypatch.setattr(strategy.PromptStrategy, "_sample", smaller)
+    monkeypatch.setattr(PromptStrategy, "participants", smaller)
 
 
 def without(record: dict[str, Any], number: int) -> dict[str, Any]:
@@ -191,10 +189,10 @@ def test_5_a_client_that_raises_changes_nothing_else(
         expected = federate("absent/run", **options)
     train = local.train
 
-    def fragile(method: Any, trainings: list[Any], server_round: int) -> dict[int, float | None]:
-        if server_round == 2 and BROKEN in [training.client for training in trainings]:
+    def fragile(method: Any, works: list[Any], phases: Any = None) -> dict[int, float | None]:
+        if works[0].round == 2 and BROKEN in [work.client_id for work in works]:
             raise RuntimeError("out of memory")
-        return train(method, trainings, server_round)
+        return train(method, works, phases)
 
     monkeypatch.setattr(local, "train", fragile)
     run = federate("failed/run", **options)
@@ -224,7 +222,7 @@ def test_5_an_upload_that_is_lost_changes_nothing_else(
                 config, node = message.content.get("config", {}), message.metadata.dst_node_id
                 key = (message.metadata.message_type, config.get("round"), node - FIRST_NODE_ID)
                 if key == ("train", 2, BROKEN):
-                    del self._replies[ids[-1]]
+                    del self.replies[ids[-1]]
             return ids
 
     monkeypatch.setattr(in_process, "InProcessGrid", LossyGrid)
@@ -250,10 +248,10 @@ def test_5_a_failure_is_named_by_what_failed(
     train, accuracies = local.train, local.accuracies
     evaluated: list[int] = []
 
-    def fragile_train(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
-        if (trainings[0].client, server_round) == (BROKEN, 1):
+    def fragile_train(method: Any, works: Any, phases: Any = None) -> dict[int, float | None]:
+        if (works[0].client_id, works[0].round) == (BROKEN, 1):
             raise RuntimeError("cannot train")
-        return train(method, trainings, server_round)
+        return train(method, works, phases)
 
     def fragile_accuracies(*arguments: Any) -> dict[str, float]:
         evaluated.append(1)
@@ -277,6 +275,7 @@ def spoil(upload: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     return {
         "not finite": {"ctx": ctx * torch.nan},
         "shape": {"ctx": ctx[1:]},
+        "dtype": {"ctx": ctx.double()},
         "name": {"context": ctx},
         "more": {"ctx": ctx, "gate": ctx},
         "nothing": {},
@@ -288,6 +287,7 @@ def spoil(upload: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     [
         ("not finite", "ctx is not finite"),
         ("shape", r"ctx has shape \(3, 32\), not \(4, 32\)"),
+        ("dtype", r"ctx has dtype torch.float64, not torch.float32"),
         ("name", r"uploaded \['context'\], not \['ctx'\]"),
         ("more", r"uploaded \['ctx', 'gate'\], not \['ctx'\]"),
         ("nothing", r"uploaded \[\], not \['ctx'\]"),
@@ -299,16 +299,13 @@ def test_5_an_upload_that_cannot_be_merged_is_named_and_left_out(
     with pytest.MonkeyPatch.context() as patch:
         leave_out(patch, 2)
         expected = federate("absent/run", **SHORT)
-    upload = methods.Method.upload
+    upload = Method.upload
 
-    def spoilt(self: Any, head: Any, received: Any) -> dict[str, Tensor]:
-        calls.append(1)
-        tensors = upload(self, head, received)
-        # The server's own start, then four clients in round 1
-        return spoil(tensors, how) if len(calls) == 1 + 4 + BROKEN + 1 else tensors
+    def spoilt(self: Any, work: Work[Any]) -> dict[str, Tensor]:
+        tensors = upload(self, work)
+        return spoil(tensors, how) if (work.client_id, work.round) == (BROKEN, 2) else tensors
 
-    calls: list[int] = []
-    monkeypatch.setattr(methods.Method, "upload", spoilt)
+    monkeypatch.setattr(Method, "upload", spoilt)
     run = federate("spoilt/run", **SHORT)
     assert list(run.rounds()[2].failed) == [BROKEN]
     assert re.search(said, run.rounds()[2].failed[BROKEN])

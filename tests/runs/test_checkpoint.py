@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pfedmoap_flwr.cli.main import make_plan
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods import Server
+from pfedmoap_flwr.methods.base import Server
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 from pfedmoap_flwr.runs.heads import KeptHeads

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSNAMES, TINY, frozen_clip
+from conftest import make_method, make_work
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.methods.base import Task
-from pfedmoap_flwr.methods.pfedmoap import AttentionGate, PFedMoAPHead
+from pfedmoap_flwr.methods.base import Split
+from pfedmoap_flwr.methods.parts.gate import AttentionGate
+from pfedmoap_flwr.methods.pfedmoap import PFedMoAP, PFedMoAPHead
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.training import local
 
@@ -23,7 +23,6 @@ Array = NDArray[np.float64]
 
 SIZES = [(1, 1, 0), (1, 4, 2), (5, 1, 3), (6, 3, 0), (3, 7, 9)]
 sizes = pytest.mark.parametrize(("b", "c", "k"), SIZES)
-TASK = Task(tuple(CLASSNAMES), "a photo of a {}.")
 
 
 # The paper, written down again
@@ -184,17 +183,22 @@ def test_number_of_parameters_is_the_papers(width: int, expected: int) -> None:
 # The head
 
 
-def made_head(**changes: Any) -> PFedMoAPHead:
-    settings = config.parse({**TINY, "prompt.class-specific": False, **changes})
-    clip = frozen_clip()
-    head = methods.load("pfedmoap")(settings).build(clip, TASK)
-    assert isinstance(head, PFedMoAPHead)
+def made_head(experts: Tensor | None = None, **changes: Any) -> PFedMoAPHead:
+    """A fresh head; with experts, as it is after their delivery."""
+    method = make_method("pfedmoap", **changes)
+    return delivered(method, method.build(), experts)
+
+
+def delivered(method: PFedMoAP, head: PFedMoAPHead, experts: Tensor | None) -> PFedMoAPHead:
+    received = {} if experts is None else {"experts": experts}
+    head.load(received)
+    make_work(method, head, received=received)
     return head
 
 
-def random_prompts(k: int, head: PFedMoAPHead) -> Tensor:
+def random_prompts(k: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(k)
-    return torch.empty(k, *head.ctx.shape).normal_(std=0.02, generator=generator)
+    return torch.empty(k, *(shape or (4, 32))).normal_(std=0.02, generator=generator)
 
 
 def random_images(b: int) -> Tensor:
@@ -212,11 +216,13 @@ def as_double(tensor: Tensor) -> Array:
 def test_logits_are_equations_8_to_10(
     compat: str, lambda_: float, k: int, class_specific: bool
 ) -> None:
-    head = made_head(
-        **{"compat": compat, "pfedmoap.lambda": lambda_, "prompt.class-specific": class_specific}
-    )
-    prompts, images = random_prompts(k, head), random_images(6)
-    head.receive({"experts": prompts})
+    prompts = random_prompts(k, 4, 4, 32) if class_specific else random_prompts(k)
+    changes = {
+        "compat": compat,
+        "pfedmoap.lambda": lambda_,
+        "prompt.class-specific": class_specific,
+    }
+    head, images = made_head(prompts, **changes), random_images(6)
     local = as_double(head.encoder(head.ctx))
     experts = np.stack([as_double(head.encoder(p)) for p in prompts]) if k else local[None][:0]
     expected = logits_of(head, as_double(images), local, experts, compat, lambda_)
@@ -228,8 +234,7 @@ def test_logits_are_equations_8_to_10(
 def test_compat_decides_the_logits() -> None:
     logits = []
     for compat in ("paper", "released"):
-        head = made_head(compat=compat)
-        head.receive({"experts": random_prompts(3, head)})
+        head = made_head(random_prompts(3), compat=compat)
         logits.append(head(random_images(6)))
     assert (logits[0] - logits[1]).abs().max() > 0.1
 
@@ -241,25 +246,29 @@ def test_without_experts_logits_are_equation_3(compat: str, lambda_: float) -> N
     images = random_images(6)
     expected = head.logit_scale * as_double(images) @ as_double(head.encoder(head.ctx)).T
     np.testing.assert_allclose(as_double(head(images)), expected, rtol=1e-4, atol=1e-5)
-    # Experts of an earlier delivery are forgotten
-    head.receive({"experts": random_prompts(2, head)})
-    assert np.abs(as_double(head(images)) - expected).max() > 0.1
-    head.receive({})
-    np.testing.assert_allclose(as_double(head(images)), expected, rtol=1e-4, atol=1e-5)
+    with_experts = made_head(random_prompts(2), **{"compat": compat, "pfedmoap.lambda": lambda_})
+    assert np.abs(as_double(with_experts(images)) - expected).max() > 0.1
 
 
 def test_without_gate_experts_have_no_say() -> None:
     head = made_head(**{"pfedmoap.gate": "none", "pfedmoap.lambda": 0.5})
     assert [name for name, _ in head.named_parameters()] == ["ctx"]
     plain = head(random_images(4))
-    head.receive({"experts": random_prompts(2, head)})
-    torch.testing.assert_close(head(random_images(4)), 0.5 * plain)
+    neutral = {"pfedmoap.gate": "none", "pfedmoap.lambda": 0.5}
+    with_experts = made_head(random_prompts(2), **neutral)
+    torch.testing.assert_close(with_experts(random_images(4)), 0.5 * plain)
+
+
+def test_experts_that_were_never_encoded_are_an_error() -> None:
+    head = made_head()
+    head.load({"experts": random_prompts(2)})
+    with pytest.raises(RuntimeError, match="prepare"):
+        head(random_images(2))
 
 
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_prompt_and_gate_learn_and_nothing_else(compat: str) -> None:
-    head = made_head(compat=compat)
-    head.receive({"experts": random_prompts(3, head)})
+    head = made_head(random_prompts(3), compat=compat)
     F.cross_entropy(head(random_images(6)), torch.tensor([0, 1, 2, 3, 0, 1])).backward()
     assert {name for name, _ in head.named_parameters()} == {
         "ctx",
@@ -275,7 +284,7 @@ def test_prompt_and_gate_learn_and_nothing_else(compat: str) -> None:
     assert head.experts is not None
     assert not head.experts.requires_grad
     assert head.experts.grad is None
-    model = frozen_clip().model
+    model = make_method("pfedmoap").clip.model
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
@@ -300,21 +309,23 @@ class CountingEncoder:
 
 
 def test_experts_are_encoded_once_for_each_delivery() -> None:
-    head = made_head(**{"local-epochs": 3, "batch-size": 4})
+    method = make_method("pfedmoap", local_epochs=3, batch_size=4)
+    head = method.build()
     counting: Any = CountingEncoder(head.encoder)
     head.encoder = counting
-    method = methods.load("pfedmoap")(config.parse({**TINY, "local-epochs": 3, "batch-size": 4}))
-    data = local.Split(random_images(8), torch.arange(8) % 4)
+    data = Split(random_images(8), torch.arange(8) % 4)
     own, borrowed = (4, 32), (2, 4, 32)
     for delivery in range(2):
         counting.shapes.clear()
-        prompts = random_prompts(2, head) * (delivery + 1)
-        head.receive({"experts": prompts})
-        local.train(method, [local.Training(0, head, data, {})], 1)
+        prompts = random_prompts(2) * (delivery + 1)
+        head.load({"experts": prompts})
+        local.train(method, [make_work(method, head, data, {"experts": prompts})])
         local.accuracies(head, {"all": data})
         # 3 epochs of 2 steps, and an evaluation
         assert counting.shapes.count(own) == 7
         assert counting.shapes.count(borrowed) == 1
-        fresh = made_head()
-        fresh.receive({**head.kept(), "experts": prompts})
-        torch.testing.assert_close(head(data.features), fresh(data.features))
+        fresh = method.build()
+        fresh.load(head.state())
+        torch.testing.assert_close(
+            head(data.features), delivered(method, fresh, prompts)(data.features)
+        )

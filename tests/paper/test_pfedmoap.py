@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSNAMES, NUM_CLIENTS, TINY, Exchange, frozen_clip
+from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work
+from pfedmoap_flwr.training.node import node_of
 from safetensors import safe_open
 from torch import Tensor
 
-from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.federation import client as client_module
+from pfedmoap_flwr import config
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.federation.strategy import PromptStrategy
-from pfedmoap_flwr.methods import Head, Task, Upload
+from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
@@ -32,10 +33,8 @@ def trained(wire: list[Exchange]) -> list[Exchange]:
     return [exchange for exchange in wire if exchange.kind == "train"]
 
 
-def fresh_head() -> Head:
-    settings = config.parse(TINY)
-    clip = frozen_clip()
-    return methods.load("pfedmoap")(settings).build(clip, Task(tuple(CLASSNAMES), ""))
+def fresh_head() -> PFedMoAPHead:
+    return make_method("pfedmoap").build()
 
 
 class Watch:
@@ -46,12 +45,12 @@ class Watch:
         self.after: dict[tuple[int, int], dict[str, Tensor]] = {}
         train = local.train
 
-        def watched(method: Any, trainings: Any, server_round: int) -> dict[int, float | None]:
-            (training,) = trainings
-            when = training.client, server_round
-            self.before[when] = training.head.kept()
-            losses = train(method, trainings, server_round)
-            self.after[when] = training.head.kept()
+        def watched(method: Any, works: Any, phases: Any = None) -> dict[int, float | None]:
+            (work,) = works
+            when = work.client_id, work.round
+            self.before[when] = work.head.state()
+            losses = train(method, works, phases)
+            self.after[when] = work.head.state()
             return losses
 
         monkeypatch.setattr(local, "train", watched)
@@ -78,10 +77,11 @@ def test_the_first_participation_is_promptfl(
     rival = federate("rival", method="promptfl", num_server_rounds=1, compat=compat)
     ours, theirs = checkpoint.load(run.path), checkpoint.load(rival.path)
     assert torch.equal(ours.shared["ctx"], theirs.shared["ctx"])
-    fresh = gate_of(fresh_head().kept())
+    fresh = gate_of(fresh_head().state())
     for client in range(NUM_CLIENTS):
-        assert torch.equal(ours.pool[client]["ctx"], theirs.pool[client]["ctx"])
         kept = kept_head(run, client, 1)
+        assert torch.equal(kept["ctx"], kept_head(rival, client, 1)["ctx"])
+        assert torch.equal(kept["ctx"], ours.pool[client]["ctx"])
         assert "experts" not in kept
         assert torch.equal(gate_of(kept), fresh)
     assert [r.clients for r in run.rounds()] == [r.clients for r in rival.rounds()]
@@ -93,7 +93,7 @@ def test_a_late_first_participation_is_plain_too(
     federate(num_server_rounds=5, fraction_train=0.5)
     seen: set[int] = set()
     late = 0
-    fresh = gate_of(fresh_head().kept())
+    fresh = gate_of(fresh_head().state())
     for exchange in trained(wire):
         when = (exchange.client, exchange.round)
         first = exchange.client not in seen
@@ -192,13 +192,13 @@ def test_k_from_none_to_more_than_there_are(
     assert not any(record.failed for record in run.rounds())
     kept = kept_head(run, 0, 3)
     assert kept["experts"].shape == (k, 4, 32)
-    assert not torch.equal(gate_of(kept), gate_of(fresh_head().kept()))
+    assert not torch.equal(gate_of(kept), gate_of(fresh_head().state()))
 
 
 def test_a_client_alone_in_the_pool_has_its_gate_to_itself(
     federate: Federate, wire: list[Exchange], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PromptStrategy, "_sample", lambda self, number: [1])
+    monkeypatch.setattr(PromptStrategy, "participants", lambda self, number: [1])
     run = federate(num_server_rounds=2)
     assert trained(wire)[1].down["experts"].shape == (0, 4, 32)
     assert not any(record.failed for record in run.rounds())
@@ -218,7 +218,7 @@ def test_the_gate_never_leaves_its_client(federate: Federate, wire: list[Exchang
 
 def test_every_client_goes_on_with_its_own_gate(federate: Federate, watch: Watch) -> None:
     federate(num_server_rounds=4, fraction_train=0.75)
-    fresh = gate_of(fresh_head().kept())
+    fresh = gate_of(fresh_head().state())
     last: dict[int, Tensor] = {}
     for (client, server_round), before in watch.before.items():
         # Others have trained in this process in between
@@ -253,8 +253,8 @@ def test_training_restarts_from_the_global_prompt(
 
 
 def test_merge_is_the_mean_by_number_of_images_in_float64() -> None:
-    method = methods.load("pfedmoap")(config.parse(TINY))
-    server = method.start(fresh_head())
+    method = make_method("pfedmoap")
+    server = method.start()
     generator = torch.Generator().manual_seed(0)
     sizes = {5: 1, 2: 1000, 9: 33}
     prompts = {c: torch.randn(4, 32, generator=generator) for c in sizes}
@@ -262,7 +262,6 @@ def test_merge_is_the_mean_by_number_of_images_in_float64() -> None:
     rows = np.stack([prompts[c].double().numpy() for c in sizes])
     expected = np.average(rows, axis=0, weights=list(sizes.values()))
     np.testing.assert_allclose(server.shared["ctx"].numpy(), expected, rtol=2e-7)
-    assert server.examples == sizes
     assert all(torch.equal(server.pool[c]["ctx"], prompts[c]) for c in sizes)
     before = server.shared["ctx"].clone()
     method.merge(server, {})
@@ -274,8 +273,8 @@ def test_the_loss_is_the_mean_over_all_images(batch_size: int, federate: Federat
     # Steps so small that the prompt stays where it starts
     run = federate(num_server_rounds=1, batch_size=batch_size, lr=1e-12)
     settings = config.parse(TINY)
-    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features", 0)
-    parts = [node.splits(client)["train"] for client in range(NUM_CLIENTS)]
+    node = node_of(settings.clip, settings.data, 0, "cpu", Reading())
+    parts = [node.split(client, "train") for client in range(NUM_CLIENTS)]
     features, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("features", "labels"))
     assert len({len(part) % 7 for part in parts}) > 1
     expected = torch.nn.functional.cross_entropy(fresh_head()(features), labels).item()
@@ -308,15 +307,15 @@ def test_the_personal_model_is_what_the_last_training_left(
 ) -> None:
     run = federate(num_server_rounds=4, fraction_train=0.5, lr=0.02)
     settings = config.parse({**TINY, "lr": 0.02})
-    node = client_module._node(settings.data, settings.clip, 0, "cpu", "features", 0)
+    node = node_of(settings.clip, settings.data, 0, "cpu", Reading())
     last: dict[int, dict[str, Tensor]] = {}
     for record in run.rounds()[1:]:
         last |= {c: watch.after[c, record.round] for c in record.bytes_up}
         for client, kept in last.items():
             head = fresh_head()
-            head.receive(kept)
-            assert isinstance(head, PFedMoAPHead)
+            head.load(kept)
+            make_work(make_method("pfedmoap"), head)
             assert (head.experts is None) == ("experts" not in kept)
-            (expected,) = local.accuracies(head, {"test": node.splits(client)["test"]}).values()
+            (expected,) = local.accuracies(head, {"test": node.split(client, "test")}).values()
             assert record.clients[client]["personal-accuracy"] == expected
     assert any("experts" in kept for kept in last.values())

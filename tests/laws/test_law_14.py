@@ -1,0 +1,358 @@
+"""Law 14: many clients at once give what one by one gives.
+
+In threads to the bit; stacked, up to the rounding of float32.
+
+A method that cannot be stacked trains one by one, by itself and with the same numbers.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, make_method, make_work, rounds, tensor_files
+from torch import Tensor
+from torch.nn import functional as F
+
+from pfedmoap_flwr import api, methods
+from pfedmoap_flwr.engines.in_process import Workers
+from pfedmoap_flwr.federation import client
+from pfedmoap_flwr.methods.base import Head, Method, Split, Work
+from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import capacity, local, stacked
+
+Federate = Callable[..., RunFolder]
+every_method = pytest.mark.parametrize("method", methods.names())
+SIZES = (20, 9, 24, 8, 3)  # batches of 8: whole ones, a rest, less than one
+SHAPES = {"features": (64,), "tokens": (5, 64), "pixels": (3, 16, 16)}
+# What must be stacked, or a GPU would be idle; others may fall back
+STACKABLE = ("fedprox", "pfedmoap", "promptfl")
+
+
+def made_works(method: Method[Any, Any], sizes: Sequence[int] = SIZES) -> list[Work[Any]]:
+    """Clients that differ in all that they learn, in their images and in what they received."""
+    generator = torch.Generator().manual_seed(0)
+    server = method.start()
+    sent = method.send(server, range(len(sizes)), train=True)
+    works = []
+    for client_id, size in enumerate(sizes):
+        head = method.build()
+        learned = {
+            name: parameter.detach() + 0.1 * torch.rand(parameter.shape, generator=generator)
+            for name, parameter in head.named_parameters()
+        }
+        received = {name: learned.get(name, tensor) for name, tensor in sent[client_id].items()}
+        if type(method).__name__ == "PFedMoAP" and client_id % 2:
+            received["experts"] = torch.randn((2, 4, 32), generator=generator)
+        head.load(learned)
+        head.load(received)
+        shape = SHAPES[method.reading.kind]
+        features = F.normalize(torch.randn((size, *shape), generator=generator), dim=-1)
+        labels = torch.randint(0, 4, (size,), generator=generator)
+        images = Split(features, labels)
+        works.append(make_work(method, head, images, received, client_id, server_round=4))
+    return works
+
+
+def alike(method: Method[Any, Any], works: Sequence[Work[Any]]) -> list[list[Work[Any]]]:
+    """Works in groups that can be stacked."""
+    groups: dict[Any, list[Work[Any]]] = {}
+    for work in works:
+        groups.setdefault(stacked.likeness(method, work), []).append(work)
+    return list(groups.values())
+
+
+@every_method
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_14_stacked_heads_train_as_each_alone(method: str, compat: str) -> None:
+    made = make_method(method, compat=compat, lr=0.02, local_epochs=3)
+    alone, joint = (made_works(made) for _ in range(2))
+    start = [work.head.state() for work in alone]
+    losses, joint_losses = {}, {}
+    for work in alone:
+        losses |= local.train(made, [work])
+    groups = alike(made, joint)
+    assert max(map(len, groups)) > 1
+    for group in groups:
+        try:
+            stacked.check_stackable(stacked.Stack(made, group), *local.first_images(group, 2))
+            joint_losses |= local.train(made, group)
+        except Exception as error:
+            assert method not in STACKABLE, error
+            return
+    assert joint_losses.keys() == losses.keys() == set(range(len(SIZES)))
+    for one, other, before in zip(alone, joint, start, strict=True):
+        if not list(one.head.parameters()):
+            assert joint_losses[one.client_id] is None
+            continue
+        assert joint_losses[one.client_id] == pytest.approx(losses[one.client_id], rel=1e-4)
+        torch.testing.assert_close(other.head.state(), one.head.state(), rtol=1e-3, atol=1e-5)
+        moved = [(t - before[n]).abs().max() for n, t in one.head.state().items() if t.numel()]
+        assert max(moved) > 1e-4
+
+
+def test_14_prompts_of_every_class_can_be_stacked() -> None:
+    made = make_method("promptfl", **{"prompt.class-specific": True})
+    alone, joint = (made_works(made) for _ in range(2))
+    for work in alone:
+        local.train(made, [work])
+    local.train(made, joint)
+    for one, other in zip(alone, joint, strict=True):
+        torch.testing.assert_close(other.head.state(), one.head.state(), rtol=1e-4, atol=1e-6)
+
+
+def test_14_the_order_of_clients_has_no_say_in_their_batches() -> None:
+    made = make_method("promptfl")
+    one, other = made_works(made), made_works(made)
+    local.train(made, one)
+    local.train(made, other[::-1])
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.head.state(), b.head.state(), rtol=1e-4, atol=1e-5)
+
+
+# What cannot be stacked is found out, each way that went wrong without a word before
+
+
+def refused(method: Method[Any, Any], works: list[Work[Any]], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        stacked.check_stackable(stacked.Stack(method, works), *local.first_images(works, 2))
+
+
+def test_14_a_loss_that_writes_into_a_buffer_is_refused() -> None:
+    method = make_method("promptfl")
+    works = made_works(method)
+    for work in works:
+        work.head.register_buffer("count", torch.zeros(()))
+
+    def counting(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
+        head.count += 1  # type: ignore[operator]
+        return F.cross_entropy(head(features), labels)
+
+    method.loss = counting  # type: ignore[assignment]
+    refused(method, works, "writes into a buffer")
+
+
+def test_14_a_plain_attribute_that_differs_in_the_last_head_is_refused() -> None:
+    method = make_method("promptfl")
+    works = made_works(method)
+    works[-1].head.logit_scale *= 1.5
+    refused(method, works, "not each one's own")
+
+
+def test_14_a_loss_that_counts_the_rows_which_fill_up_a_batch_is_refused() -> None:
+    method = make_method("promptfl")
+
+    def small_term(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
+        return F.cross_entropy(head(features), labels) + 0.01 * features.square().mean()
+
+    method.loss = small_term  # type: ignore[assignment]
+    refused(method, made_works(method), "not each one's own")
+
+
+def test_14_heads_with_other_phases_are_not_alike() -> None:
+    method = make_method("promptfl")
+    one, other = made_works(method)[:2]
+    assert stacked.likeness(method, one) == stacked.likeness(method, other)
+
+    def schedule(head: Head, epochs: int) -> Any:
+        return [(epochs, ("ctx",))] if head is one.head else [(1, ("ctx",)), (epochs, ("ctx",))]
+
+    method.schedule = schedule  # type: ignore[assignment]
+    assert stacked.likeness(method, one) != stacked.likeness(method, other)
+
+
+def test_14_a_phase_without_epochs_moves_nothing() -> None:
+    method = make_method("promptfl")
+    (work, *_) = made_works(method)
+    before = work.head.state()
+    assert local.train(method, [work], [(0, ("ctx",))]) == {0: None}
+    torch.testing.assert_close(work.head.state(), before, rtol=0, atol=0)
+    losses = local.train(method, [work], [(1, ("ctx",)), (0, ("ctx",))])
+    assert losses[0] is not None
+
+
+# In the federation
+
+
+@pytest.fixture
+def stacking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stack clients on the CPU too; the list gets the number of heads of every training."""
+    counts: list[int] = []
+    train, side_by_side = local.train, Workers.side_by_side
+
+    def counted(method: Any, works: Any, phases: Any = None) -> Any:
+        counts.append(len(works))
+        return train(method, works, phases)
+
+    def jointly(self: Workers, requests: Any, at_once: int) -> Any:
+        if requests[0][0].metadata.message_type != "train" or at_once == 1:
+            return side_by_side(self, requests, 1)
+        slices = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
+        return [reply for part in slices for reply in client.answer(part)]
+
+    monkeypatch.setattr(local, "train", counted)
+    monkeypatch.setattr(Workers, "side_by_side", jointly)
+    return counts
+
+
+@every_method
+def test_14_threads_change_no_bit(
+    method: str, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": method, "num_server_rounds": 3, "fraction_train": 0.75}
+    names = set()
+    open_client = client.open_client
+
+    def noted(*arguments: Any) -> Any:
+        names.add(threading.current_thread().name)
+        return open_client(*arguments)
+
+    expected = federate("one/run", clients_at_once=1, **options)
+    monkeypatch.setattr(client, "open_client", noted)
+    assert_same(federate("threads/run", clients_at_once=3, **options), expected)
+    assert len(names) > 1
+    assert torch.get_num_threads() == 1
+
+
+@every_method
+def test_14_a_stacked_federation_is_the_same_up_to_float_error(
+    method: str, federate: Federate, stacking: list[int]
+) -> None:
+    options = {"method": method, "num_server_rounds": 3, "fraction_train": 0.75}
+    expected = federate("one/run", clients_at_once=1, **options)
+    stacking.clear()
+    run = federate("stacked/run", clients_at_once=3, **options)
+    assert max(stacking) == 3 or method not in STACKABLE
+    one, other = checkpoint.load(expected.path), checkpoint.load(run.path)
+    torch.testing.assert_close(other.shared, one.shared, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(other.pool, one.pool, rtol=1e-3, atol=1e-4)
+    for record, before in zip(run.rounds(), expected.rounds(), strict=True):
+        assert record.clients == before.clients
+        if before.train_loss is not None:
+            assert record.train_loss == pytest.approx(before.train_loss, rel=1e-3)
+        assert (record.bytes_down, record.bytes_up) == (before.bytes_down, before.bytes_up)
+
+
+@pytest.mark.parametrize("method", STACKABLE)
+def test_14_a_stacked_federation_repeats_itself_bit_by_bit(
+    method: str, federate: Federate, stacking: list[int]
+) -> None:
+    options = {"method": method, "clients_at_once": 4, "local_epochs": 1}
+    assert_same(federate("first/run", **options), federate("second/run", **options))
+    assert max(stacking) == 4
+
+
+def test_14_a_method_that_cannot_be_stacked_trains_one_by_one(
+    federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curious(self: Any, head: Any, features: Any, labels: Any, received: Any) -> Tensor:
+        loss = F.cross_entropy(head(features), labels)
+        return loss if loss.item() > 0 else 2 * loss
+
+    check_falls_back(curious, federate, stacking, monkeypatch)
+
+
+def test_14_a_loss_that_counts_rows_is_found_out(
+    federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counting(self: Any, head: Any, features: Any, labels: Any, received: Any) -> Tensor:
+        return F.cross_entropy(head(features), labels, reduction="sum") / len(labels)
+
+    check_falls_back(counting, federate, stacking, monkeypatch)
+
+
+def check_falls_back(
+    loss: Any, federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Method, "loss", loss)
+    logging.getLogger("flwr").propagate = True
+    expected = federate("one/run", clients_at_once=1)
+    stacking.clear()
+    assert_same(federate("stacked/run", clients_at_once=4), expected)
+    assert set(stacking) == {1}
+
+
+def test_14_a_client_that_raises_leaves_the_others_their_training(
+    federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = local.train
+
+    def fragile(method: Any, works: Any, phases: Any = None) -> Any:
+        if works[0].round == 2 and 1 in [work.client_id for work in works]:
+            raise torch.OutOfMemoryError("no memory left")
+        return train(method, works, phases)
+
+    expected = federate("one/run", clients_at_once=1)
+    monkeypatch.setattr(local, "train", fragile)
+    run = federate("failed/run", clients_at_once=4)
+    (said,) = run.rounds()[2].failed.values()
+    assert "no memory left" in said
+    pools = [checkpoint.load(r.path).pool for r in (expected, run)]
+    for number in (0, 2, 3):
+        torch.testing.assert_close(pools[1][number], pools[0][number], rtol=1e-4, atol=1e-5)
+
+
+def test_14_a_client_that_cannot_be_opened_fails_alone(
+    federate: Federate, stacking: list[int]
+) -> None:
+    run = federate("run", clients_at_once=4, num_server_rounds=1)
+    (kept,) = run.path.rglob("client-2/round-00001.safetensors")
+    kept.write_bytes(b"torn")
+    api.execute(api.plan({"resume": str(run.path), "num-server-rounds": 2}))
+    assert list(run.rounds()[2].failed) == [2]
+    assert max(stacking) >= 3
+
+
+# How many
+
+
+def test_14_saved_bytes_grow_by_the_same_for_every_head() -> None:
+    made = make_method("promptfl")
+    sizes = []
+    for count in (2, 3, 4):
+        works = made_works(made, (8,) * count)
+        stack = stacked.Stack(made, works)
+        sizes.append(capacity.saved_bytes(stack, *local.first_images(works, 8), without=set()))
+    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
+
+
+def test_14_memory_decides_how_many_fit(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    side_by_side = Workers.side_by_side
+
+    def noted(self: Workers, requests: Any, at_once: int) -> Any:
+        widths.append(at_once)
+        return side_by_side(self, requests, at_once)
+
+    monkeypatch.setattr(Workers, "side_by_side", noted)
+    monkeypatch.setattr(capacity, "cores", lambda: 3)
+    for memory, expected in ((1, 1), (10**12, 3)):
+        widths.clear()
+        monkeypatch.setattr(capacity, "memory", lambda device, memory=memory: memory)
+        federate(f"{memory}/run", clients_at_once=0, num_server_rounds=1)
+        # introduction, evaluation, training, evaluation
+        assert widths == [1, 3, expected, 3]
+
+
+def test_14_what_a_step_keeps_is_counted_without_the_frozen_weights() -> None:
+    made = make_method("promptfl")
+    works = made_works(made, (8,))
+    stack, batch = stacked.Stack(made, works), local.first_images(works, 8)
+    weights = list(made.clip.model.parameters())
+    places = {p.untyped_storage().data_ptr() for p in weights}
+    with_all = capacity.saved_bytes(stack, *batch, without=set())
+    without = capacity.saved_bytes(stack, *batch, without=places)
+    used = sum(p.untyped_storage().nbytes() for p in weights)
+    assert 0 < without < with_all <= without + used
+
+
+@every_method
+def test_14_rounds_do_not_depend_on_how_many_at_once(method: str, federate: Federate) -> None:
+    runs = [federate(f"{n}/run", method=method, clients_at_once=n) for n in (1, 2)]
+    assert rounds(runs[0]) == rounds(runs[1])
+    assert tensor_files(runs[0]) == tensor_files(runs[1])
