@@ -61,7 +61,7 @@ def show(options: argparse.Namespace, console: Console) -> None:
     said = manifest(images, settings.data, settings.seed, clients)
     if target:
         counts = class_counts(images, clients, "train")
-        names = [f"{c.client} {c.domain}".rstrip() for c in clients]
+        names = [f"{c.client_id} {c.domain}".rstrip() for c in clients]
         figures.draw_partition(counts, images.classnames, names, title(settings), target)
     if options.json:
         console.out(json.dumps(said), highlight=False)

@@ -15,7 +15,7 @@ from open_clip.utils import to_2tuple
 from torch import Tensor
 
 from pfedmoap_flwr.clip.settings import ClipSettings, Position
-from pfedmoap_flwr.clip.text import PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
@@ -25,6 +25,7 @@ from pfedmoap_flwr.clip.weights import (
     load_text_model,
     weights_errors,
 )
+from pfedmoap_flwr.clip.words import Tokenizer, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
 
 
@@ -38,7 +39,7 @@ class FrozenClip:
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     preprocessing: PreprocessCfg
     device: torch.device
     checkpoint: Path
