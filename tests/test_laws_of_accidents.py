@@ -17,6 +17,7 @@ from pfedmoap_flwr.cli.main import execute, make_plan
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
 from pfedmoap_flwr.federation import strategy
+from pfedmoap_flwr.methods.base import Method, Server
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
@@ -53,7 +54,7 @@ def kill_before_checkpoint(monkeypatch: pytest.MonkeyPatch, server_round: int) -
     """End the run when a round is written down and its checkpoint is not."""
     save = checkpoint.save
 
-    def mortal(server: methods.Server, run_dir: Path) -> None:
+    def mortal(server: Server, run_dir: Path) -> None:
         if server.round == server_round:
             raise Killed
         save(server, run_dir)
@@ -299,7 +300,7 @@ def test_5_an_upload_that_cannot_be_merged_is_named_and_left_out(
     with pytest.MonkeyPatch.context() as patch:
         leave_out(patch, 2)
         expected = federate("absent/run", **SHORT)
-    upload = methods.Method.upload
+    upload = Method.upload
 
     def spoilt(self: Any, head: Any, received: Any) -> dict[str, Tensor]:
         calls.append(1)
@@ -308,7 +309,7 @@ def test_5_an_upload_that_cannot_be_merged_is_named_and_left_out(
         return spoil(tensors, how) if len(calls) == 1 + 4 + BROKEN + 1 else tensors
 
     calls: list[int] = []
-    monkeypatch.setattr(methods.Method, "upload", spoilt)
+    monkeypatch.setattr(Method, "upload", spoilt)
     run = federate("spoilt/run", **SHORT)
     assert list(run.rounds()[2].failed) == [BROKEN]
     assert re.search(said, run.rounds()[2].failed[BROKEN])

@@ -201,7 +201,7 @@ def test_a_loss_that_counts_rows_is_found_out(
 def check_falls_back(
     loss: Any, federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods.Method, "loss", loss)
+    monkeypatch.setattr(Method, "loss", loss)
     logging.getLogger("flwr").propagate = True
     expected = federate("one/run", clients_at_once=1)
     stacking.clear()
