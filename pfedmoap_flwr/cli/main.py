@@ -1,4 +1,8 @@
-"""The command `pfedmoap`: run a method, compare several, look at data, check the machine."""
+"""The command `pfedmoap`: run a method, compare several, look at data, check the machine.
+
+PyTorch, Flower and datasets take seconds to import, so that functions import them which need them:
+help and a wrong setting are there at once.
+"""
 
 import argparse
 import json
@@ -14,25 +18,16 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.cli import data
-from pfedmoap_flwr.cli.doctor import doctor
-from pfedmoap_flwr.clip.load import resolve_device
-from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.data.images import load_images
-from pfedmoap_flwr.data.partition import partition
-from pfedmoap_flwr.engines.in_process import run_in_process
-from pfedmoap_flwr.engines.simulation import RunFailed, simulate
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.strategy import AllClientsFailed
 from pfedmoap_flwr.report import tables
 from pfedmoap_flwr.report.figures import SUFFIXES
-from pfedmoap_flwr.runs.folder import check_same, check_unused, default_path, load_settings
-from pfedmoap_flwr.settings import Value
+from pfedmoap_flwr.settings import Value, help_line
 
 DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
 DEFAULT_FIGURE = "partition.png"
 RUN_GOES_ON = "a run goes on with: pfedmoap run resume=ITS_FOLDER"
+OF_METHODS = "settings that one method alone has, NAME.KEY: see its page in docs/methods"
 
 Command = Callable[[argparse.Namespace, Console], None]
 
@@ -60,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         errors.print(f"pfedmoap: {error}")
         return 2
-    except (AllClientsFailed, RunFailed) as error:
-        errors.print(str(error).rstrip())
-        errors.print("pfedmoap: the run failed")
-        return 1
     except KeyboardInterrupt:
         errors.print(f"pfedmoap: stopped; {options.goes_on}")
         return 130
+    except _run_failures() as error:
+        errors.print(str(error).rstrip())
+        errors.print("pfedmoap: the run failed")
+        return 1
     return 0
 
 
@@ -83,6 +78,8 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """pfedmoap compare: several methods over several seeds, all else equal, in this process."""
     words = options.words
     seeds = [config.parse_words([f"seed={seed}"])["seed"] for seed in options.seeds.split(",")]
+    from pfedmoap_flwr.runs.folder import default_path
+
     single = default_path(Settings())
     root = single.with_name(f"{single.name[:15]}-compare")
     plans = {
@@ -102,15 +99,50 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     console.print(f"results in {root}", highlight=False, soft_wrap=True)
 
 
+def show(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap data show: who holds which images under the settings; no image is decoded."""
+    from pfedmoap_flwr.cli import data
+
+    data.show(options, console)
+
+
+def prepare(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap data prepare: get a data set and weights, compute all features a run will read."""
+    from pfedmoap_flwr.cli import data
+
+    data.prepare(options, console)
+
+
+def list_sets(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap data list: the data sets that have a name, and which are on this machine."""
+    from pfedmoap_flwr.cli import data
+
+    data.list_sets(options, console)
+
+
+def doctor(options: argparse.Namespace, console: Console) -> None:
+    """pfedmoap doctor: whether a run with these settings can start on this machine, offline."""
+    from pfedmoap_flwr.cli import doctor
+
+    doctor.doctor(options, console)
+
+
 def make_plan(words: dict[str, Value]) -> Plan:
     """Check everything that can be checked before a run starts. Raises UsageError."""
-    if resume := str(words.get("resume", "")):
-        run_dir = Path(resume).resolve()
+    settings = None if words.get("resume") else config.parse(words)
+
+    from pfedmoap_flwr.clip.load import resolve_device
+    from pfedmoap_flwr.clip.weights import find_weights
+    from pfedmoap_flwr.data.images import load_images
+    from pfedmoap_flwr.data.partition import partition
+    from pfedmoap_flwr.runs.folder import check_same, check_unused, default_path, load_settings
+
+    if settings is None:
+        run_dir = Path(str(words["resume"])).resolve()
         before = load_settings(run_dir)
         settings = before.replace({**words, "resume": str(run_dir)})
         check_same(before, settings)
     else:
-        settings = config.parse(words)
         run_dir = Path(settings.run_dir).resolve() if settings.run_dir else default_path(settings)
         check_unused(run_dir)
     places: dict[str, Value] = {
@@ -133,6 +165,7 @@ def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]
     """Run a plan to its end and return its summary."""
     if in_process:
         from client_app import app as client_app
+        from pfedmoap_flwr.engines.in_process import run_in_process
         from server_app import app as server_app
 
         # Flower's own lines off, ours on, each once
@@ -141,6 +174,8 @@ def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]
         logging.getLogger("flwr.pfedmoap").setLevel(logging.INFO)
         run_in_process(server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients)
     else:
+        from pfedmoap_flwr.engines.simulation import simulate
+
         simulate(plan.settings, plan.run_dir, console)
     summary: dict[str, Any] = json.loads((plan.run_dir / "summary.json").read_text())
     return summary
@@ -179,10 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     sets = commands.add_parser("data", help="data sets: list, show, prepare")
     looks = sets.add_subparsers(required=True, metavar="COMMAND")
     listing = looks.add_parser(
-        "list", help="data sets that have a name", description=data.list_sets.__doc__
+        "list", help="data sets that have a name", description=list_sets.__doc__
     )
-    listing.set_defaults(command=data.list_sets)
-    shows = _add(looks, "show", data.show, "who holds which images")
+    listing.set_defaults(command=list_sets)
+    shows = _add(looks, "show", show, "who holds which images")
     shows.add_argument(
         "--figure",
         nargs="?",
@@ -191,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"draw clients x classes, .png or .svg; alone: {DEFAULT_FIGURE}",
     )
     shows.add_argument("--json", action="store_true", help="print the manifest alone")
-    prepares = _add(looks, "prepare", data.prepare, "get images and weights, compute features")
+    prepares = _add(looks, "prepare", prepare, "get images and weights, compute features")
     checks = _add(commands, "doctor", doctor, "check this machine for a run")
     for command in (prepares, checks):
         command.set_defaults(goes_on="the same command goes on from there")
@@ -202,18 +237,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, command: Command, help: str) -> argparse.ArgumentParser:
     """Add a command that takes settings."""
-    keys = "\n".join(f"  {key:28} {text}" for key, text in config.known_keys().items())
+    known = config.known_fields(())
+    keys = "\n".join(f"  {key:28} {help_line(field)}" for key, field in known.items())
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
         description=command.__doc__,
-        epilog=f"settings:\n{keys}",
+        epilog=f"settings:\n{keys}\n\n{OF_METHODS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
     parser.add_argument("--conf", metavar="FILE.toml", help="settings; KEY=VALUE goes over them")
     parser.set_defaults(command=command)
     return parser
+
+
+def _run_failures() -> tuple[type[Exception], ...]:
+    """Return the errors by which a run ends that has begun."""
+    from pfedmoap_flwr.engines.simulation import RunFailed
+    from pfedmoap_flwr.federation.strategy import AllClientsFailed
+
+    return (AllClientsFailed, RunFailed)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
