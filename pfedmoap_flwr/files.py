@@ -1,4 +1,4 @@
-"""Files that are replaced whole: after a crash there is the old content or the new, never half."""
+"""Files that survive a crash: replaced whole, the old content or the new; or grown by lines."""
 
 import os
 import threading
@@ -26,6 +26,17 @@ def move(part: Path, path: Path) -> None:
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file. When this returns, it survives a power cut.
+
+    A crash while it is written leaves a last line without its end, which readers leave out.
+    """
+    with path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pfedmoap_flwr.clip.features import Reading, read_images
-from pfedmoap_flwr.clip.load import ClipSettings, load_clip
+from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.partition import ClientRows, partition
 from pfedmoap_flwr.data.settings import DataSettings

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from flwr.app import Message
+from pfedmoap_flwr.data.federated import Task
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip
 from pfedmoap_flwr.clip.settings import ClipSettings
-from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
 from pfedmoap_flwr.federation import messages

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import weights
-from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip, resolve_device
+from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.errors import UsageError

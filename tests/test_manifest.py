@@ -60,7 +60,7 @@ def emoji(monkeypatch: pytest.MonkeyPatch) -> ImageData:
 
 
 def digest_of_rows(clients: list[ClientRows]) -> str:
-    rows = [[c.client, c.domain, {s: c.rows[s].tolist() for s in SPLITS}] for c in clients]
+    rows = [[c.client_id, c.domain, {s: c.rows[s].tolist() for s in SPLITS}] for c in clients]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -85,7 +85,7 @@ def test_a_manifest_says_all_there_is(name: str) -> None:
     said = json.loads(json.dumps(manifest(IMAGES, data, 0, clients)))
     assert said["images"] == {"train": 1440, "validation": 480, "test": 480}
     for one, other in zip(said["clients"], clients, strict=True):
-        assert (one["client"], one["domain"]) == (other.client, other.domain)
+        assert (one["client"], one["domain"]) == (other.client_id, other.domain)
         assert one["rows"] == {s: other.rows[s].tolist() for s in SPLITS}
     for split in SPLITS:
         counts = np.array([one["classes"][split] for one in said["clients"]])

@@ -83,7 +83,7 @@ def assert_each_image_on_one_client(images: ImageData, clients: list[ClientRows]
 
 
 def assert_enough(data: DataSettings, clients: list[ClientRows]) -> None:
-    assert [c.client for c in clients] == list(range(data.num_clients))
+    assert [c.client_id for c in clients] == list(range(data.num_clients))
     for client in clients:
         assert len(client.rows["train"]) >= data.min_examples
         assert len(client.rows["test"]) >= MIN_TEST

@@ -24,9 +24,10 @@ from copies import (
 
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source, find_source
+from pfedmoap_flwr.data.holdout import holdout
 from pfedmoap_flwr.data.images import ImageData, load_images
+from pfedmoap_flwr.data.labels import join
 from pfedmoap_flwr.data.settings import ImageSettings
-from pfedmoap_flwr.data.splits import cut, join
 from pfedmoap_flwr.errors import UsageError
 
 PAPER = {
@@ -170,14 +171,14 @@ def test_sizes_are_the_papers(
     name: str, published: dict[str, int], sizes: tuple[int, int, int]
 ) -> None:
     source = CATALOGUE[name]
-    splits, said = cut(numbers(published, len(source.classnames)), source, validation=0.1)
+    splits, said = holdout(numbers(published, len(source.classnames)), source, validation=0.1)
     assert tuple(map(len, splits.values())) == sizes
     assert "50/20/30" in said
 
 
 def test_the_published_test_images_of_pets_stay(tmp_path: Path) -> None:
     source = CATALOGUE["oxford-pets"]
-    splits, _ = cut(numbers({"train": 100, "test": 7}, 37), source, validation=0.0)
+    splits, _ = holdout(numbers({"train": 100, "test": 7}, 37), source, validation=0.0)
     assert {s: len(t) for s, t in splits.items()} == {
         "train": 80 * 37,
         "validation": 20 * 37,
@@ -187,13 +188,13 @@ def test_the_published_test_images_of_pets_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("validation", [0.0, 0.1])
 def test_missing_splits_are_cut_in_every_class_and_domain(validation: float) -> None:
-    splits, said = cut(numbers({"train": 50}, 7, domains=4), CATALOGUE["pacs"], validation)
+    splits, said = holdout(numbers({"train": 50}, 7, domains=4), CATALOGUE["pacs"], validation)
     for split, count in (("test", 10), ("validation", round(40 * validation))):
         columns = splits[split].with_format("numpy")[:]
         _, found = np.unique([columns["label"], columns["domain"]], axis=1, return_counts=True)
         assert found.tolist() == [count] * (28 if count else 0)
     assert "test: 20% of train" in said
-    again, _ = cut(numbers({"train": 50}, 7, domains=4), CATALOGUE["pacs"], validation)
+    again, _ = holdout(numbers({"train": 50}, 7, domains=4), CATALOGUE["pacs"], validation)
     assert all(splits[s][:] == again[s][:] for s in SPLITS)
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pfedmoap_flwr.clip import prefix
-from pfedmoap_flwr.clip.text import PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.text import PromptEncoder
+from pfedmoap_flwr.clip.words import embed_words, encode_text
 
 LENGTH = 32
 NAMES = (

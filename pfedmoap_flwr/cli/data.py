@@ -64,7 +64,7 @@ def print_partition(
     said = manifest(images, settings.data, settings.seed, clients)
     if figure:
         counts = class_counts(images, clients, "train")
-        names = [f"{c.client} {c.domain}".rstrip() for c in clients]
+        names = [f"{c.client_id} {c.domain}".rstrip() for c in clients]
         figures.draw_partition(counts, images.classnames, names, title(settings), figure)
     if as_json:
         console.out(json.dumps(said), highlight=False)

@@ -14,7 +14,6 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
-from open_clip.utils import to_2tuple
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
@@ -116,7 +115,7 @@ def read_shape(clip: FrozenClip, reading: Reading) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _shape(clip: FrozenClip, kind: Reads) -> tuple[int, ...]:
-    pixels = torch.zeros(1, 3, *to_2tuple(clip.preprocessing.size))
+    pixels = torch.zeros(1, 3, *clip.image_size)
     with _reader(clip, kind) as (read, _):
         return tuple(read(pixels).shape[1:])
 

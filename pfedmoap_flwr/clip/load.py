@@ -11,10 +11,11 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.utils import to_2tuple
 from torch import Tensor
 
-from pfedmoap_flwr.clip.settings import Position
-from pfedmoap_flwr.clip.text import PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.settings import ClipSettings, Position
+from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
@@ -24,6 +25,7 @@ from pfedmoap_flwr.clip.weights import (
     load_text_model,
     weights_errors,
 )
+from pfedmoap_flwr.clip.words import Tokenizer, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
 
 
@@ -37,7 +39,7 @@ class FrozenClip:
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     preprocessing: PreprocessCfg
     device: torch.device
     checkpoint: Path
@@ -47,6 +49,12 @@ class FrozenClip:
     def logit_scale(self) -> float:
         """The inverse temperature 1/tau of Eq. 4."""
         return float(self.model.logit_scale.exp())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image tower's input, in pixels."""
+        height, width = to_2tuple(self.preprocessing.size)
+        return height, width
 
     @functools.cached_property
     def fingerprint(self) -> str:

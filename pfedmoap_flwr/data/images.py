@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, FOLDER, Source, find_source
+from pfedmoap_flwr.data.holdout import holdout
+from pfedmoap_flwr.data.labels import join, listed
 from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.data.sources import folder, hub
-from pfedmoap_flwr.data.splits import cut, join, listed
 from pfedmoap_flwr.errors import UsageError
 
 logger = logging.getLogger("flwr.pfedmoap")
@@ -79,7 +80,7 @@ def _load(data: ImageSettings) -> ImageData:
     skipped = 0
     if source.name == FOLDER or origin == "files":
         joined, skipped = _whole_images(joined, strict=data.strict)
-    splits, how = cut(joined, source, data.validation)
+    splits, how = holdout(joined, source, data.validation)
     return ImageData(
         name=source.name,
         classnames=classnames,
@@ -107,7 +108,7 @@ def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dat
         raise UsageError(f"setting data.path={data.path!r}: there is nothing at {path}")
     if source.coop and (place := folder.find_coop(path, source.coop)):
         tables = folder.to_tables(folder.read_coop(place, source.coop))
-        exact = replace(folder.as_read(source), cut="published", domain="")
+        exact = replace(folder.as_read(source), holdout="published", domain="")
         return tables, exact, f"CoOp's {source.coop.split}"
     if path.is_dir() and source.classnames and folder.has_idx(path):
         return folder.read_idx(path, source.classnames), source, "idx files"

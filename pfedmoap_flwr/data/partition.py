@@ -25,7 +25,7 @@ ATTEMPTS = 1000
 class ClientRows:
     """One client's images: row numbers into each split; `domain` where it has just one, or ""."""
 
-    client: int
+    client_id: int
     domain: str
     rows: dict[str, np.ndarray]
 
@@ -45,7 +45,7 @@ def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRo
         for number, part in enumerate(parts)
         for rows in _share_out(images, part, data, (seed, "partition", number))
     ]
-    clients = [ClientRows(k, _domain(images, rows), rows) for k, rows in enumerate(pieces)]
+    clients = [ClientRows(i, _domain(images, rows), rows) for i, rows in enumerate(pieces)]
     return [_few_shot(images, c, data.shots, seed) if data.shots else c for c in clients]
 
 
@@ -54,11 +54,11 @@ def class_counts(images: ImageData, clients: Sequence[ClientRows], split: str) -
     return np.array([_counts(images, split, client.rows[split]) for client in clients])
 
 
-def whole(images: ImageData, data: DataSettings, client: int, seed: int) -> ClientRows:
+def whole(images: ImageData, data: DataSettings, client_id: int, seed: int) -> ClientRows:
     """Return the client that holds every image: the one of a node with a folder of its own."""
     rows = {split: np.arange(len(images.splits[split])) for split in SPLITS}
     domain = images.domains[0] if len(images.domains) == 1 else ""
-    holder = ClientRows(client, domain, rows)
+    holder = ClientRows(client_id, domain, rows)
     few = data.shots and len(rows["train"])
     return _few_shot(images, holder, data.shots, seed) if few else holder
 
@@ -80,7 +80,7 @@ def manifest(
         "classnames": list(images.classnames),
         "clients": [
             {
-                "client": client.client,
+                "client": client.client_id,
                 "domain": client.domain,
                 "rows": {s: rows.tolist() for s, rows in client.rows.items()},
                 "classes": {s: _counts(images, s, r).tolist() for s, r in client.rows.items()},
@@ -164,8 +164,8 @@ def _few_shot(images: ImageData, client: ClientRows, shots: int, seed: int) -> C
     """
     rows = client.rows["train"]
     labels = images.column("train", "label")[rows]
-    rng = numpy_generator(seed, "shots", client.client)
+    rng = numpy_generator(seed, "shots", client.client_id)
     kept = [rng.permutation(rows[labels == c])[:shots] for c in np.unique(labels)]
     return ClientRows(
-        client.client, client.domain, {**client.rows, "train": np.sort(np.concatenate(kept))}
+        client.client_id, client.domain, {**client.rows, "train": np.sort(np.concatenate(kept))}
     )

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from pfedmoap_flwr.data.federated import Task
-from pfedmoap_flwr.data.splits import difference
+from pfedmoap_flwr.data.labels import difference
 from pfedmoap_flwr.errors import UsageError
 
 POLL_SECONDS = 0.5

@@ -151,12 +151,10 @@ class PromptHead(Head):
         if words is not None:
             self.ctx.data.copy_(words)
 
-    def normal(self, name: str, *shape: int) -> nn.Parameter:
-        """Return a parameter drawn from N(0, 0.02^2), a function of (seed, name)."""
-        generator = torch_generator(self.seed, name)
-        return nn.Parameter(
-            torch.empty(shape).normal_(std=0.02, generator=generator).to(self.device)
-        )
+    def normal(self, name: str, *shape: int, std: float = 0.02) -> nn.Parameter:
+        """Return a parameter drawn from N(0, std^2), a function of (seed, name)."""
+        drawn = torch.empty(shape).normal_(std=std, generator=torch_generator(self.seed, name))
+        return nn.Parameter(drawn.to(self.device))
 
     def encode(self) -> Tensor:
         """Return text features (C, d), unit-norm."""

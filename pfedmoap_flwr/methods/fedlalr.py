@@ -56,7 +56,7 @@ class AMSGrad(torch.optim.Optimizer):
         self.beta1, self.beta2 = beta1, beta2
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step."""
         (parameter,) = self.param_groups[0]["params"]
         self.m.lerp_(parameter.grad, 1 - self.beta1)

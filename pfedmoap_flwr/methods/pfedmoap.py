@@ -99,7 +99,7 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
 
     section = PFedMoAPSettings
     head = PFedMoAPHead
-    personal = ("gate",)
+    personal: tuple[str, ...] = ("gate",)
 
     def __init__(
         self, settings: LearningSettings, own: PFedMoAPSettings, clip: FrozenClip, task: Task

@@ -76,7 +76,7 @@ def _table(
         table.add_column(name, justify="right", no_wrap=True)
     for client, cells in zip(clients, rows, strict=True):
         totals = [str(len(client.rows[split])) for split in SPLITS]
-        table.add_row(str(client.client), escape(client.domain) or "-", *cells, *totals)
+        table.add_row(str(client.client_id), escape(client.domain) or "-", *cells, *totals)
     return table
 
 

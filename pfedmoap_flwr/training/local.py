@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data.federated import Task
@@ -69,7 +69,7 @@ def _one_epoch(
 def _optimizers(
     method: Method[Any, Any],
     works: Sequence[Work[Any]],
-    moving: Mapping[str, Sequence[nn.Parameter]],
+    moving: Mapping[str, Sequence[Tensor]],
 ) -> list[torch.optim.Optimizer]:
     """Return one optimizer for each head, or one for all where SGD of each parameter is all."""
     if type(method).optimizer is Method.optimizer:

@@ -39,7 +39,7 @@ class Stack:
         self.heads: list[Head] = [work.head for work in works]
         self.received = [work.received for work in works]
         own = [dict(head.named_parameters()) for head in self.heads]
-        self.parameters: dict[str, list[nn.Parameter]] = {
+        self.parameters: dict[str, list[Tensor]] = {
             name: [tensors[name] for tensors in own] for name in own[0]
         }
         if len(works) > 1:

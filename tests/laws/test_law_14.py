@@ -1,4 +1,6 @@
-"""Law 14: many clients at once give what one by one gives: in threads to the bit, stacked to rounding.
+"""Law 14: many clients at once give what one by one gives.
+
+In threads to the bit; stacked, up to the rounding of float32.
 
 A method that cannot be stacked trains one by one, by itself and with the same numbers.
 """

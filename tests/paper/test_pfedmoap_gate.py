@@ -217,7 +217,11 @@ def test_logits_are_equations_8_to_10(
     compat: str, lambda_: float, k: int, class_specific: bool
 ) -> None:
     prompts = random_prompts(k, 4, 4, 32) if class_specific else random_prompts(k)
-    changes = {"compat": compat, "pfedmoap.lambda": lambda_, "prompt.class-specific": class_specific}
+    changes = {
+        "compat": compat,
+        "pfedmoap.lambda": lambda_,
+        "prompt.class-specific": class_specific,
+    }
     head, images = made_head(prompts, **changes), random_images(6)
     local = as_double(head.encoder(head.ctx))
     experts = np.stack([as_double(head.encoder(p)) for p in prompts]) if k else local[None][:0]

@@ -1,4 +1,4 @@
-"""From labelled tables to a data set: labels joined by name, missing splits cut by seed.
+"""From tables with names to tables with numbers: labels and domains are joined by name.
 
 A table is a `datasets.Dataset` with an image column and columns of names (ClassLabel or text) for
 the class and, where there is one, the domain. Nothing here decodes or copies an image.
@@ -9,17 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import datasets
 import numpy as np
 
-from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import FOLDER, Source
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.randomness import numpy_generator
 
-COOP_SHARES = (0.5, 0.2)  # train and validation; the rest is for testing
-COOP_VALIDATION = 0.2
-TEST_SHARE = 0.2
-# A data set is one thing, whatever the run's seed
-SPLIT_SEED = 0
-SHOWN = 5
+SHOWN = 5  # names in a message, before the rest is only counted
 
 Tables = Mapping[str, datasets.Dataset]
 
@@ -77,49 +70,6 @@ def check_columns(split: str, table: datasets.Dataset, source: Source) -> None:
         wanted = ", ".join(f"{column} ({kind})" for column, kind in expected.items())
         found = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
         raise UsageError(f"{source.name}, {split}: expected columns {wanted}; found {found}")
-
-
-def cut(
-    tables: dict[str, datasets.Dataset], source: Source, validation: float
-) -> tuple[dict[str, datasets.Dataset], str]:
-    """Return train, validation and test, and a sentence that says where they come from.
-
-    What is missing is cut per class and domain, by a seed that is always the same. `validation`:
-    the share of the training images held out where a data set publishes no validation images.
-    """
-    if source.cut == "coop":
-        # CoOp: round(0.5 n) to train, round(0.2 n) to validation, the rest to test
-        pooled = datasets.concatenate_datasets([tables[s] for s in sorted(tables)])
-        pieces = _cut(pooled, COOP_SHARES, source.name)
-        pooled_said = f"{', '.join(sorted(tables))} pooled and cut 50/20/30 per class, as CoOp does"
-        return dict(zip(SPLITS, pieces, strict=True)), f"{pooled_said}, by a seed of our own"
-    said = [f"{', '.join(s for s in SPLITS if s in tables)} as found"]
-    splits = dict(tables)
-    if "test" not in splits:
-        splits["test"], splits["train"] = _cut(splits["train"], (TEST_SHARE,), source.name)
-        said.append(f"test: {TEST_SHARE:.0%} of train per class and domain")
-    if "validation" not in splits:
-        share = COOP_VALIDATION if source.cut == "coop-test" else validation
-        splits["validation"], splits["train"] = _cut(splits["train"], (share,), source.name)
-        held = f"{share:.0%} of train per class and domain" if share else "none"
-        said.append(f"validation: {held}")
-    return {split: splits[split] for split in SPLITS}, "; ".join(said)
-
-
-def _cut(table: datasets.Dataset, shares: Sequence[float], name: str) -> list[datasets.Dataset]:
-    """Cut a table into len(shares) + 1 parts, the last one the rest, in each class and domain."""
-    columns = table.select_columns(["label", "domain"]).with_format("numpy")[:]
-    groups = np.stack([columns["domain"], columns["label"]], axis=1).reshape(-1, 2)
-    pieces: list[list[np.ndarray]] = [[] for _ in range(len(shares) + 1)]
-    for domain, label in np.unique(groups, axis=0).tolist():
-        rows = np.flatnonzero((groups == (domain, label)).all(axis=1))
-        rng = numpy_generator(SPLIT_SEED, "split", name, domain, label, len(shares))
-        rows = rng.permutation(rows)
-        bounds = np.cumsum([round(share * len(rows)) for share in shares])
-        for piece, chunk in zip(pieces, np.split(rows, bounds), strict=True):
-            piece.append(chunk)
-    whole = [np.concatenate([*piece, np.empty(0, np.int64)]) for piece in pieces]
-    return [table.select(np.sort(rows.astype(np.int64))) for rows in whole]
 
 
 def _names(table: datasets.Dataset, column: str) -> tuple[list[str], np.ndarray]:
