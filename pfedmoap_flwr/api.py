@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 
@@ -17,6 +17,7 @@ from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.federated import federated
 from pfedmoap_flwr.engines.in_process import run_in_process
 from pfedmoap_flwr.engines.simulation import simulate
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.folder import (
     RunFolder,
     check_same,
@@ -154,6 +155,8 @@ def plan(values: Mapping[str, Value]) -> Plan:
 
 def execute(plan: Plan, engine: Engine = "in-process", console: Console | None = None) -> RunResult:
     """Run a plan to its end. Raises RunFailed, and UsageError where only the run could tell."""
+    if engine not in get_args(Engine):
+        raise UsageError(f"engine={engine!r}: must be one of {', '.join(get_args(Engine))}")
     if engine == "ray":
         simulate(plan.settings, plan.run_dir, console or Console())
     else:

@@ -141,9 +141,8 @@ def test_duplicates_are_counted(capsys: Printed, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (["--figure"], "partition.png"),
-        (["--figure", "seed=1"], "partition.png"),
         (["--figure", "some.png"], "some.png"),
+        (["--figure", "some.png", "seed=1"], "some.png"),
         (["--figure=some.svg"], "some.svg"),
     ],
 )
@@ -188,7 +187,7 @@ def test_prepare_computes_once(
     assert "all is there" in second
     assert second.count("was there") == len(SPLITS)
     # What a run reads is just that
-    assert cli.main(["run", "--in-process", *WORDS, "num-server-rounds=1"]) == 0
+    assert cli.main(["run", *WORDS, "num-server-rounds=1"]) == 0
 
 
 def test_prepare_that_was_stopped_goes_on(
@@ -196,16 +195,16 @@ def test_prepare_that_was_stopped_goes_on(
 ) -> None:
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "BATCH", 8)
-    encode, started = features._encode, []
+    blocks, started = features._blocks, []
 
     def stopping(*said: Any) -> Any:
         started.append(next(each.start for each in said if isinstance(each, range)))
-        for number, block in enumerate(encode(*said)):
+        for number, block in enumerate(blocks(*said)):
             if len(started) == 1 and number == 3:
                 raise KeyboardInterrupt
             yield block
 
-    monkeypatch.setattr(features, "_encode", stopping)
+    monkeypatch.setattr(features, "_blocks", stopping)
     assert cli.main(["data", "prepare", *WORDS]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "pfedmoap: stopped; the same command goes on from there"
@@ -219,6 +218,7 @@ def test_prepare_that_was_stopped_goes_on(
         (["show", "data.name=imagenet"], "unknown data set"),
         (["show", "data.num-clients=3"], "multiple of the 2 domains"),
         (["show", "--figure", "x.pdf"], ".png or .svg"),
+        (["show", "--figure", "seed=1"], ".png or .svg"),
         (["show", "--figure", "nowhere/x.png"], "there is no folder"),
         (["show", "--conf", "none.toml"], "none.toml: cannot be read"),
         (["prepare", "clip.pretrained=/no/such/weights.pt"], "no such file"),

@@ -1,6 +1,9 @@
 """pfedmoap doctor: status 0 where a run can start, and else one line that says what is missing."""
 
 import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cli import doctor
 from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.clip.weights import held_checkpoint
-from pfedmoap_flwr.data.images import load_images
-from pfedmoap_flwr.federation import parallel
+from pfedmoap_flwr.data.federated import federated
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import capacity
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 Printed = pytest.CaptureFixture[str]
@@ -86,22 +90,127 @@ def test_a_full_disk_is_seen(
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_it_fits_as_many_clients_as_a_run_would(
-    name: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+def test_it_fits_as_many_clients_as_a_run_does(
+    name: str,
+    capsys: Printed,
+    monkeypatch: pytest.MonkeyPatch,
+    federate: Callable[..., RunFolder],
 ) -> None:
-    settings = config.parse({**TINY, "method": name, "clients-at-once": 0})
-    method = methods.load(name)(settings)
-    clip, images = frozen_clip(), load_images(settings.data)
-    training = doctor._rehearsal(settings, method, clip, images, (64,))
-    monkeypatch.setattr(parallel, "cores", lambda: 3)
+    measure, needed = capacity.saved_bytes, []
+
+    def noting(*said: Any, **more: Any) -> int:
+        needed.append(measure(*said, **more))
+        return needed[-1]
+
+    monkeypatch.setattr(capacity, "saved_bytes", noting)
+    monkeypatch.setattr(capacity, "cores", lambda: 3)
+    words = ["doctor", *WORDS, "clients-at-once=0", "--method", name]
     for memory, expected in ((1, 1), (10**12, 3)):
-        monkeypatch.setattr(parallel, "memory", lambda device, memory=memory: memory)
-        assert parallel.fitting(method, clip, training) == expected
-        assert cli.main(["doctor", *WORDS, "clients-at-once=0", "--method", name]) == 0
+        monkeypatch.setattr(capacity, "memory", lambda device, memory=memory: memory)
+        assert cli.main(words) == 0
         assert said(capsys.readouterr().out)["at once"].startswith(f"{expected} of ")
-    if name == "pfedmoap":
-        # The step of a later round, with experts, is the large one
-        assert len(training.received["experts"]) == settings.own.num_experts
+    rehearsed = needed.pop()
+    # The step of a later round, with all that was lent, is the large one
+    needed.clear()
+    federate(method=name, clients_at_once=0)
+    assert rehearsed == max(needed)
+
+
+def test_the_rehearsal_ends_in_a_round_in_which_all_can_be_lent() -> None:
+    settings = config.parse({**TINY, "method": "pfedmoap"})
+    held = federated(settings.data, settings.seed)
+    _, work = doctor.rehearsal(settings, frozen_clip(), held)
+    assert work.round == 2
+    assert len(work.received["experts"]) == settings.own.num_experts
+
+
+# What fails in a run's first rounds fails here
+
+METHODS = {
+    "misread": """
+        class Misread(Method):  # a prompt head knows no tokens
+            reading = Reading("tokens")
+        """,
+    "confused": """
+        class TwoClasses(PromptHead):
+            def classify(self, image_features, encoded):
+                return super().classify(image_features, encoded)[:, :2]
+
+            def forward(self, image_features):
+                return super().classify(image_features, self.encode())
+
+        class Confused(Method):
+            head = TwoClasses
+        """,
+    "unadapted": """
+        class Unadapted(Method):
+            def adapt(self, work):
+                raise RuntimeError("no prototype\\nof any class")
+        """,
+    "secretive": """
+        class Secretive(Method):
+            def upload(self, work):
+                return {}
+        """,
+    "forgetful": """
+        class Forgetful(Method):
+            def merge(self, state, uploads):
+                state.pool = {i: {} for i in uploads}
+
+            def send(self, state, client_ids, *, train):
+                lent = {i: state.pool[i]["ctx"] for i in client_ids if state.pool}
+                return super().send(state, client_ids, train=train)
+        """,
+}
+SAID = {
+    "misread": "Error: ",
+    "confused": "the head gives logits (8, 2), not (B, C) = (8, 4)",
+    "unadapted": "RuntimeError: no prototype of any class",
+    "secretive": "uploaded [], not ['ctx']",
+    "forgetful": "KeyError: 'ctx'",
+}
+
+
+@pytest.fixture
+def more_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The methods above, found as those of the package are."""
+    (tmp_path / "methods").mkdir()
+    for name, source in METHODS.items():
+        text = (
+            "from pfedmoap_flwr.clip.features import Reading\n"
+            "from pfedmoap_flwr.methods.base import Method, PromptHead\n"
+        )
+        (tmp_path / "methods" / f"{name}.py").write_text(text + textwrap.dedent(source))
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
+    methods.names.cache_clear()
+    yield
+    for name in METHODS:
+        sys.modules.pop(f"pfedmoap_flwr.methods.{name}", None)
+    methods.names.cache_clear()
+    methods.load.cache_clear()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("more_methods")
+def test_a_method_that_cannot_run_is_found(name: str, capsys: Printed, tmp_path: Path) -> None:
+    assert cli.main(["doctor", *WORDS, "--method", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pfedmoap: method {name} cannot run with these settings: ")
+    assert error.count("\n") == 1
+    assert SAID[name] in error
+
+
+@pytest.mark.parametrize("name", ["misread", "unadapted", "secretive"])
+@pytest.mark.usefixtures("more_methods")
+def test_such_a_run_fails_indeed(name: str, tmp_path: Path) -> None:
+    assert cli.main(["run", *WORDS, "--method", name, f"run-dir={tmp_path / 'run'}"]) == 1
+
+
+def test_a_sentence_that_cannot_be_filled_in_is_found(capsys: Printed) -> None:
+    assert cli.main(["doctor", *WORDS, "data.template=a {thing}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "thing" in error
 
 
 def test_published_weights_are_found_where_the_hub_client_keeps_them(tmp_path: Path) -> None:

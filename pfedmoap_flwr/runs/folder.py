@@ -79,6 +79,17 @@ class RunFolder:
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [Round.from_json(line) for line in lines]
 
+    def clients(self) -> list[dict[str, Any]]:
+        """Return the lines of clients.csv, numbers as numbers; None where a client has none."""
+        with (self.path / "clients.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [{k: v if k == "domain" else _number(v) for k, v in row.items()} for row in rows]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what summary.json holds."""
+        said: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return said
+
     def finish(self, settings: Settings, cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write clients.csv and summary.json and return the summary."""
         rounds = self.rounds()
@@ -186,3 +197,9 @@ def _client_rows(
         row["bytes_up"] = sum(r.bytes_up.get(client_id, 0) for r in rounds)
         rows.append(row)
     return rows
+
+
+def _number(text: str) -> int | float | None:
+    if not text:
+        return None
+    return int(text) if text.isdecimal() else float(text)
