@@ -20,7 +20,7 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.data.settings import SPLITS
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.methods.base import Head, Method, Work
