@@ -48,11 +48,8 @@ class Linear(nn.Module):
 def test_16_the_clients_step_is_the_papers_not_the_released_one() -> None:
     step = VECTOR["client_step"]
     head: Any = Linear(numbers(step["start"]))
-    x, labels, cloud_model = (
-        numbers(step["x"]),
-        torch.tensor(step["labels"]),
-        numbers(step["cloud"]),
-    )
+    x, labels = numbers(step["x"]), torch.tensor(step["labels"])
+    received = {"ctx": numbers(step["cloud"])}
     weight = {"fedamp.lambda": step["lam"] / step["alphaK"]}
     loss = make_method("fedamp", **weight).loss(head, x, labels, received)
     (gradient,) = torch.autograd.grad(loss, head.ctx)
