@@ -13,6 +13,7 @@ from torch import Tensor
 from pfedmoap_flwr import api
 from pfedmoap_flwr.engines.in_process import make_context
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.federation.client import answer
 from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
