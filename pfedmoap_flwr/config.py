@@ -199,7 +199,7 @@ def toml(
     for key, value in flat.items():
         table, _, name = key.rpartition(".")
         comment = f"  # {comments[key]}" if comments else ""
-        groups.setdefault(table, []).append(f"{name} = {_toml(value)}{comment}")
+        groups.setdefault(table, []).append(f"{name} = {to_toml(value)}{comment}")
     blocks = []
     for table, lines in groups.items():
         title = ".".join(part for part in (root, table) if part)
@@ -220,7 +220,8 @@ def write_pyproject(path: Path) -> None:
     path.write_text(head.rstrip("\n") + "\n\n" + pyproject_table())
 
 
-def _toml(value: Value) -> str:
+def to_toml(value: Value) -> str:
+    """Return a value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

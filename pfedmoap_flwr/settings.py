@@ -109,6 +109,17 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
+def limits(field: FieldInfo) -> list[str]:
+    """Return the bounds of a number, as ">= 1"; none where any will do."""
+    signs = {"ge": ">=", "gt": ">", "le": "<="}
+    return [
+        f"{sign} {getattr(rule, name):g}"
+        for name, sign in signs.items()
+        for rule in field.metadata
+        if hasattr(rule, name)
+    ]
+
+
 def help_line(field: FieldInfo) -> str:
     """Return a field's help, choices included."""
     text, allowed = field.description or "", choices(field)
@@ -163,14 +174,7 @@ def _reason(field: FieldInfo, error: str, value: Any, context: Mapping[str, Any]
         return str(context["error"])
     if error.endswith("_type"):
         return f"must be {NOUNS[field.annotation]}"
-    signs = {"ge": ">=", "le": "<=", "gt": ">"}
-    limits = [
-        f"{sign} {getattr(rule, name):g}"
-        for name, sign in signs.items()
-        for rule in field.metadata
-        if hasattr(rule, name)
-    ]
-    return f"must be {' and '.join(limits) or 'finite'}"
+    return f"must be {' and '.join(limits(field)) or 'finite'}"
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """The command: wrong use is one line and status 2, and nothing is left behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import TINY
 
+from pfedmoap_flwr import config
 from pfedmoap_flwr.cli import main as cli
 
+ROOT = Path(__file__).parent.parent
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 
 
@@ -70,6 +74,43 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "--verbosely"])
     assert ended.value.code == 2
+
+
+# In a process of its own: here, all of this is imported already
+LIGHT = """
+import sys
+from pfedmoap_flwr.cli import main
+try:
+    status = main.main(sys.argv[1:])
+except SystemExit as ended:
+    status = ended.code
+print(status, *{"torch", "flwr", "datasets", "open_clip"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], "0"),
+        (["run", "--help"], "0"),
+        (["run", "local-epoch=1"], "2"),
+        (["run", "lr=-1"], "2"),
+        (["run", "--method", "fedmoap"], "2"),
+    ],
+)
+def test_help_and_a_wrong_setting_import_nothing_heavy(words: list[str], status: str) -> None:
+    command = [sys.executable, "-c", LIGHT, *words]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines()[-1] == status
+
+
+def test_help_lists_the_settings_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  data.num-clients             clients N" in lines
+    keys = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert set(config.parse({"method": "coop"}).flat()) <= keys
 
 
 def conf(text: str) -> str:

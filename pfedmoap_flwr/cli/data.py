@@ -1,27 +1,29 @@
 """pfedmoap data: which data sets there are, who would hold what, and everything made ready."""
 
-import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cache import cache_folder
-from pfedmoap_flwr.clip.features import Reading, feature_files, read_splits
+from pfedmoap_flwr.clip.features import feature_files, read_splits
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source
+from pfedmoap_flwr.data.federated import federated
 from pfedmoap_flwr.data.images import ImageData, duplicates, load_images
-from pfedmoap_flwr.data.partition import class_counts, manifest, partition
+from pfedmoap_flwr.data.partition import class_counts, manifest
 from pfedmoap_flwr.data.sources.hub import is_cached
 from pfedmoap_flwr.report import data_tables, figures
 from pfedmoap_flwr.report.tables import megabytes
+from pfedmoap_flwr.settings import Value
 
 
-def list_sets(options: argparse.Namespace, console: Console) -> None:
+def print_sets(console: Console) -> None:
     """Print every data set that has a name, and which are on this machine; no network is used."""
     data_tables.print_catalogue(
         [data_tables.Entry(s, *_extent(s), place(s)) for s in CATALOGUE.values()], console
@@ -50,20 +52,21 @@ def _extent(source: Source) -> tuple[int, int, int]:
     return len(source.classnames), source.num_domains * (source.name != FOLDER), source.size
 
 
-def show(options: argparse.Namespace, console: Console) -> None:
+def print_partition(
+    values: Mapping[str, Value], figure: Path | None, *, as_json: bool, console: Console
+) -> None:
     """Print who holds which images under the settings; nothing is computed of an image."""
-    settings = config.parse(options.words)
-    target = Path(options.figure) if options.figure else None
-    if target:
-        figures.check_target(target)
-    images = load_images(settings.data)
-    clients = partition(images, settings.data, settings.seed)
+    settings = config.parse(values)
+    if figure:
+        figures.check_target(figure)
+    held = federated(settings.data, settings.seed)
+    images, clients = held.images, list(held.clients.values())
     said = manifest(images, settings.data, settings.seed, clients)
-    if target:
+    if figure:
         counts = class_counts(images, clients, "train")
         names = [f"{c.client_id} {c.domain}".rstrip() for c in clients]
-        figures.draw_partition(counts, images.classnames, names, title(settings), target)
-    if options.json:
+        figures.draw_partition(counts, images.classnames, names, title(settings), figure)
+    if as_json:
         console.out(json.dumps(said), highlight=False)
         return
     _print_origin(images, console)
@@ -74,8 +77,8 @@ def show(options: argparse.Namespace, console: Console) -> None:
     if not twice:
         _say(console, "no image is in two splits")
     _say(console, f"sha256 of the partition: {said['sha256']}")
-    if target:
-        _say(console, f"figure in {target}")
+    if figure:
+        _say(console, f"figure in {figure}")
 
 
 def title(settings: Settings) -> str:
@@ -84,19 +87,18 @@ def title(settings: Settings) -> str:
     return f"{data.name}, {data.partition}, {data.num_clients} clients, seed {settings.seed}"
 
 
-def prepare(options: argparse.Namespace, console: Console) -> None:
+def prepare_features(values: Mapping[str, Value], console: Console) -> None:
     """Get a data set and weights, check them, and compute all image features a run will read.
 
     Stopped, it goes on after the last images that were kept.
     """
-    settings = config.parse(options.words)
-    method = methods.load(settings.method)(settings)
+    settings = config.parse(values)
     images = load_images(settings.data)
     _print_origin(images, console)
     clip = load_clip(settings.clip, settings.device)
     size = megabytes(clip.checkpoint.stat().st_size)
     _say(console, f"weights: {clip.checkpoint}, {size}")
-    reading, dtype = Reading(method.reads, method.views), settings.clip.features_dtype
+    reading, dtype = methods.load(settings.method).reading, settings.clip.features_dtype
     files = feature_files(clip, images.splits, reading, dtype)
     there = {split for split, file in files.items() if file.exists()}
     began = time.monotonic()

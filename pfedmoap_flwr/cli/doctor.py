@@ -1,11 +1,12 @@
 """pfedmoap doctor: what this machine has, and whether a run with these settings can start here."""
 
-import argparse
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import psutil
@@ -21,14 +22,15 @@ from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.catalogue import CATALOGUE, find_source
-from pfedmoap_flwr.data.images import ImageData, load_images
-from pfedmoap_flwr.data.partition import partition
+from pfedmoap_flwr.data.federated import Federated, federated
+from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.sources.hub import offline
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.parallel import cores, fitting
-from pfedmoap_flwr.methods.base import Method, Task, Upload
+from pfedmoap_flwr.methods.base import Method, Split, Work
 from pfedmoap_flwr.report.tables import megabytes
-from pfedmoap_flwr.training.local import Split, Training
+from pfedmoap_flwr.settings import Value
+from pfedmoap_flwr.training.capacity import clients_that_fit, cores
+from pfedmoap_flwr.training.rehearsal import made_up, rehearse
 
 PACKAGES = (
     *("pfedmoap-flwr", "flwr", "ray", "torch", "torchvision", "open_clip_torch", "datasets"),
@@ -36,12 +38,12 @@ PACKAGES = (
 )
 
 
-def doctor(options: argparse.Namespace, console: Console) -> None:
+def examine(values: Mapping[str, Value], console: Console) -> None:
     """Say what this machine has, and whether a run with these settings can start without network.
 
-    The hub is not asked. HF_HUB_OFFLINE=1 keeps a run from asking it too.
+    The hub is not asked. Raises UsageError with what such a run lacks.
     """
-    settings = config.parse(options.words)
+    settings = config.parse(values)
     _say(console, "python", f"{platform.python_version()} on {platform.platform()}")
     _say(console, "packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     _say(console, "cuda", _cuda())
@@ -66,34 +68,63 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 
 def _check(settings: Settings, room: int, console: Console) -> None:
     """Do what a run begins with. Raises UsageError that says what is missing."""
-    method = methods.load(settings.method)(settings)
     resolve_device(settings.device)
-    images = _images(settings)
-    clients = partition(images, settings.data, settings.seed)
-    sizes = [len(client.rows["train"]) for client in clients]
-    _say(console, "data", f"{images.name}, {min(sizes)} to {max(sizes)} training images a client")
+    held = _federated(settings)
+    sizes = [len(client.rows["train"]) for client in held.clients.values()]
+    about = f"{held.images.name}, {min(sizes)} to {max(sizes)} training images a client"
+    _say(console, "data", about)
     clip = _clip(settings)
     _say(console, "weights", f"{clip.checkpoint} on {clip.device.type}")
-    reading = Reading(method.reads, method.views)
-    _say(console, "features", _features(settings, reading, clip, images, room))
+    kind = methods.load(settings.method)
+    _say(console, "features", _features(settings, kind.reading, clip, held.images, room))
     if not os.access(_existing(cache_folder()), os.W_OK):
         raise UsageError(
             f"{cache_folder()} cannot be written; set {ENVIRONMENT_VARIABLE} to another folder"
         )
-    training = _rehearsal(settings, method, clip, images, read_shape(clip, reading))
-    at_once = settings.clients_at_once or fitting(method, clip, training)
+    method, work = rehearsal(settings, clip, held)
+    at_once = settings.clients_at_once or clients_that_fit(method, work)
     chosen = "clients-at-once" if settings.clients_at_once else "what memory and cores allow"
-    _say(console, "at once", f"{at_once} of {len(clients)} clients train in process ({chosen})")
+    _say(console, "at once", f"{at_once} of {len(sizes)} clients train in process ({chosen})")
 
 
-def _images(settings: Settings) -> ImageData:
+def rehearsal(
+    settings: Settings, clip: FrozenClip, held: Federated
+) -> tuple[Method[Any, Any], Work[Any]]:
+    """Return the method, and what lies before its first client in a round with all it can get.
+
+    Raises UsageError with the reason where a run's first rounds would fail.
+    """
+    kind = methods.load(settings.method)
+    first = min(held.clients)
+    sizes = {split: len(rows) for split, rows in held.clients[first].rows.items()}
+
+    def images(split: str) -> Split:
+        shape = read_shape(clip, kind.reading.of(split))
+        return made_up(method, min(sizes[split], settings.batch_size), shape)
+
+    try:
+        # The evaluation before round 1 measures this as well
+        clip.zeroshot(held.task.classnames, held.task.template)
+        method = kind(settings, settings.own, clip, held.task)
+        return method, rehearse(method, sorted(held.clients), images)
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"method {settings.method} cannot run with these settings: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def _federated(settings: Settings) -> Federated:
     source = find_source(settings.data.name)
     if source.hub and not settings.data.path and not is_here(source):
         raise UsageError(
             f"the images of {source.name} are not on this machine; get them with "
             f"pfedmoap data prepare data.name={source.name}, or set data.path to a local copy"
         )
-    return load_images(settings.data)
+    return federated(settings.data, settings.seed)
 
 
 def _clip(settings: Settings) -> FrozenClip:
@@ -125,22 +156,6 @@ def _features(
             f"make room there, or set {ENVIRONMENT_VARIABLE} to another folder"
         )
     return f"{megabytes(needed)} to compute first ({', '.join(missing)})"
-
-
-def _rehearsal(
-    settings: Settings, method: Method, clip: FrozenClip, images: ImageData, shape: tuple[int, ...]
-) -> Training:
-    """Return a client's training in a later round, when all have uploaded, on empty images."""
-    task = Task(images.classnames, settings.data.template or images.template)
-    head = method.build(clip, task)
-    server = method.start(head)
-    uploads = {i: Upload(dict(server.shared), 1) for i in range(settings.data.num_clients)}
-    method.merge(server, uploads)
-    received = {n: t.to(clip.device) for n, t in method.send(server, 0, train=True).items()}
-    head.receive(received)
-    labels = torch.zeros(settings.batch_size, dtype=torch.long, device=clip.device)
-    features = torch.zeros(len(labels), *shape, device=clip.device)
-    return Training(0, head, Split(features, labels), received)
 
 
 def _cuda() -> str:

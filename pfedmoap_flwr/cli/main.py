@@ -1,48 +1,52 @@
-"""The command `pfedmoap`: run a method, compare several, look at data, check the machine."""
+"""The command `pfedmoap`: what can be typed, and the exit status of each ending.
 
-import argparse
-import json
-import logging
+What a command does lies in the module of its name. That is imported when the command runs, because
+PyTorch, Flower and datasets take seconds, and neither --help nor a wrong setting needs them.
+"""
+
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Literal, NoReturn
 
+import click
+import typer
 from rich.console import Console
 
-from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.cli import data
-from pfedmoap_flwr.cli.doctor import doctor
-from pfedmoap_flwr.clip.load import resolve_device
-from pfedmoap_flwr.clip.weights import find_weights
-from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.data.images import load_images
-from pfedmoap_flwr.data.partition import partition
-from pfedmoap_flwr.engines.in_process import run_in_process
-from pfedmoap_flwr.engines.simulation import RunFailed, simulate
-from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.strategy import AllClientsFailed
-from pfedmoap_flwr.report import tables
-from pfedmoap_flwr.report.figures import SUFFIXES
-from pfedmoap_flwr.runs.folder import check_same, check_unused, default_path, load_settings
-from pfedmoap_flwr.settings import Value
+from pfedmoap_flwr.cli import words
+from pfedmoap_flwr.errors import RunFailed, UsageError
 
-DEFAULT_RIVALS = "pfedmoap,promptfl,coop,zeroshot"
-DEFAULT_FIGURE = "partition.png"
-RUN_GOES_ON = "a run goes on with: pfedmoap run resume=ITS_FOLDER"
+STOPPED = 130
+RIVALS = "pfedmoap,promptfl,coop,zeroshot"
+SEEDS = "0,1,2"
+SETTINGS = "Settings: `pfedmoap settings` lists all, `pfedmoap settings data` those of one group."
 
-Command = Callable[[argparse.Namespace, Console], None]
+app = typer.Typer(rich_markup_mode=None)
+data_app = typer.Typer(rich_markup_mode=None, help="Data sets: list, show, prepare.")
+app.add_typer(data_app, name="data")
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked run: its settings, with the places filled in, and its folder."""
-
-    settings: Settings
-    run_dir: Path
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        autocompletion=words.complete_setting,
+        show_default=False,
+    ),
+]
+Conf = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.toml", help="A file of settings; KEY=VALUE goes over it."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What is learned: method=NAME. `pfedmoap settings method` lists all.",
+        autocompletion=words.complete_method,
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,175 +54,151 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 the run failed, 2 wrong use, 130 stopped.
     """
-    options = _parse(arguments)
-    console = Console()
+    typed = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        options.words = _words(options)
-        options.command(options, console)
+        command = typer.main.get_command(app)
+        status = int(command.main(typed, "pfedmoap", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "pfedmoap"
+        errors.print(f"pfedmoap: {error.format_message().rstrip('.')}; see {path} --help")
+        return 2
     except UsageError as error:
         errors.print(f"pfedmoap: {error}")
         return 2
-    except (AllClientsFailed, RunFailed) as error:
+    except RunFailed as error:
         errors.print(str(error).rstrip())
         errors.print("pfedmoap: the run failed")
         return 1
-    except KeyboardInterrupt:
-        errors.print(f"pfedmoap: stopped; {options.goes_on}")
-        return 130
-    return 0
+    if status == STOPPED:
+        run = typed[0] in ("run", "compare")
+        how = "a run goes on with: pfedmoap run resume=ITS_FOLDER"
+        errors.print(f"pfedmoap: stopped; {how if run else 'the same command goes on from there'}")
+    return status
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
-    """pfedmoap run: one method, one seed."""
-    plan = make_plan(options.words)
-    console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
-    summary = execute(plan, console, in_process=options.in_process)
-    tables.print_summary(summary, console)
-    console.print(f"results in {plan.run_dir}", highlight=False, soft_wrap=True)
+def _print_version(asked: bool) -> None:
+    if asked:
+        import pfedmoap_flwr
+
+        print(f"pfedmoap-flwr {pfedmoap_flwr.__version__}")
+        raise typer.Exit
 
 
-def compare(options: argparse.Namespace, console: Console) -> None:
-    """pfedmoap compare: several methods over several seeds, all else equal, in this process."""
-    words = options.words
-    seeds = [config.parse_words([f"seed={seed}"])["seed"] for seed in options.seeds.split(",")]
-    single = default_path(Settings())
-    root = single.with_name(f"{single.name[:15]}-compare")
-    plans = {
-        name: [
-            make_plan({**words, "method": name, "seed": s, "run-dir": str(root / f"{name}-s{s}")})
-            for s in seeds
-        ]
-        for name in options.methods.split(",")
-    }
-    summaries: dict[str, list[dict[str, Any]]] = {}
-    for name, runs in plans.items():
-        for plan in runs:
-            console.print(f"{name}, seed {plan.settings.seed}", highlight=False)
-            summaries.setdefault(name, []).append(execute(plan, console, in_process=True))
-    (root / "comparison.json").write_text(json.dumps(summaries, indent=2))
-    tables.print_comparison(summaries, console)
-    console.print(f"results in {root}", highlight=False, soft_wrap=True)
+@app.callback(help="Personalised federated prompt learning for a frozen CLIP.")
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
-def make_plan(words: dict[str, Value]) -> Plan:
-    """Check everything that can be checked before a run starts. Raises UsageError."""
-    if resume := str(words.get("resume", "")):
-        run_dir = Path(resume).resolve()
-        before = load_settings(run_dir)
-        settings = before.replace({**words, "resume": str(run_dir)})
-        check_same(before, settings)
-    else:
-        settings = config.parse(words)
-        run_dir = Path(settings.run_dir).resolve() if settings.run_dir else default_path(settings)
-        check_unused(run_dir)
-    places: dict[str, Value] = {
-        "run-dir": str(run_dir),
-        "state-dir": str(run_dir / "clients"),
-        "min-nodes": settings.data.num_clients,
-    }
-    # The processes of a run start in other folders
-    for key in ("data.path", "data.classnames"):
-        named = str(settings.flat()[key])
-        if named and Path(named).expanduser().exists():
-            places[key] = str(Path(named).expanduser().resolve())
-    partition(load_images(settings.data), settings.data, settings.seed)
-    find_weights(settings.clip.model, settings.clip.pretrained)
-    resolve_device(settings.device)
-    return Plan(settings.replace(places), run_dir)
+@app.command(epilog=SETTINGS)
+def run(
+    settings: Words = None,
+    conf: Conf = None,
+    method: Method = None,
+    engine: Annotated[
+        Literal["in-process", "ray"],
+        typer.Option(
+            help="Compute in this process, which is the default, or in Ray through `flwr run`.",
+            show_default=False,
+        ),
+    ] = "in-process",
+) -> None:
+    """Run one method with one seed."""
+    values = words.read(settings, conf, method)
+    from pfedmoap_flwr.cli.run import run_one
+
+    run_one(values, engine, Console())
 
 
-def execute(plan: Plan, console: Console, *, in_process: bool) -> dict[str, Any]:
-    """Run a plan to its end and return its summary."""
-    if in_process:
-        from client_app import app as client_app
-        from server_app import app as server_app
+@app.command(epilog=SETTINGS)
+def compare(
+    settings: Words = None,
+    conf: Conf = None,
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help=f"Default {RIVALS}.", show_default=False)
+    ] = RIVALS,
+    seeds: Annotated[
+        str, typer.Option(metavar="SEED,...", help=f"Default {SEEDS}.", show_default=False)
+    ] = SEEDS,
+) -> None:
+    """Run several methods over several seeds, all else equal."""
+    values = words.read(settings, conf)
+    numbers = words.read_seeds(seeds)
+    from pfedmoap_flwr.cli.compare import compare_all
 
-        # Flower's own lines off, ours on, each once
-        logging.getLogger("flwr").propagate = False
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-        logging.getLogger("flwr.pfedmoap").setLevel(logging.INFO)
-        run_in_process(server_app, client_app, plan.settings.flat(), plan.settings.data.num_clients)
-    else:
-        simulate(plan.settings, plan.run_dir, console)
-    summary: dict[str, Any] = json.loads((plan.run_dir / "summary.json").read_text())
-    return summary
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse gives up on settings that follow an option; they are settings all the same."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if unknown := [word for word in rest if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.settings += rest
-    # `--figure KEY=VALUE`: argparse takes the setting for the file
-    if "=" in (options.figure or "") and Path(options.figure).suffix not in SUFFIXES:
-        options.settings.append(options.figure)
-        options.figure = DEFAULT_FIGURE
-    return options
+    compare_all(methods.split(","), numbers, values, Console())
 
 
-def _words(options: argparse.Namespace) -> dict[str, Value]:
-    """Return what the command line sets: a file, KEY=VALUE words over it, --method over both."""
-    words = config.parse_file(Path(options.conf)) if options.conf else {}
-    words |= config.parse_words(options.settings)
-    return {**words, "method": options.method} if options.method else words
+@app.command(epilog=SETTINGS)
+def doctor(settings: Words = None, conf: Conf = None, method: Method = None) -> None:
+    """Say what this machine has, and whether such a run can start here without network.
+
+    The hub is not asked. HF_HUB_OFFLINE=1 keeps a run from asking it too.
+    """
+    values = words.read(settings, conf, method)
+    from pfedmoap_flwr.cli.doctor import examine
+
+    examine(values, Console())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pfedmoap", description=__doc__)
-    parser.set_defaults(conf=None, method=None, figure=None, settings=[], goes_on=RUN_GOES_ON)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    runs = _add(commands, "run", run, "run one method")
-    runs.add_argument("--in-process", action="store_true", help="without Ray, in this process")
-    rivals = _add(commands, "compare", compare, "compare methods over seeds")
-    rivals.add_argument("--methods", default=DEFAULT_RIVALS, help=f"default {DEFAULT_RIVALS}")
-    rivals.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
-    sets = commands.add_parser("data", help="data sets: list, show, prepare")
-    looks = sets.add_subparsers(required=True, metavar="COMMAND")
-    listing = looks.add_parser(
-        "list", help="data sets that have a name", description=data.list_sets.__doc__
-    )
-    listing.set_defaults(command=data.list_sets)
-    shows = _add(looks, "show", data.show, "who holds which images")
-    shows.add_argument(
-        "--figure",
-        nargs="?",
-        const=DEFAULT_FIGURE,
-        metavar="FILE",
-        help=f"draw clients x classes, .png or .svg; alone: {DEFAULT_FIGURE}",
-    )
-    shows.add_argument("--json", action="store_true", help="print the manifest alone")
-    prepares = _add(looks, "prepare", data.prepare, "get images and weights, compute features")
-    checks = _add(commands, "doctor", doctor, "check this machine for a run")
-    for command in (prepares, checks):
-        command.set_defaults(goes_on="the same command goes on from there")
-    for command in (runs, prepares, checks):
-        command.add_argument("--method", metavar="NAME", help=f"{', '.join(methods.names())}")
-    return parser
+@app.command("settings")
+def list_settings(
+    prefix: Annotated[
+        str,
+        typer.Argument(metavar="[PREFIX]", show_default=False),
+    ] = "",
+) -> None:
+    """List settings by group: key, default, what it can be. PREFIX: those that begin so."""
+    from pfedmoap_flwr.cli.settings import print_settings
+
+    print_settings(prefix, Console())
 
 
-def _add(commands: Any, name: str, command: Command, help: str) -> argparse.ArgumentParser:
-    """Add a command that takes settings."""
-    keys = "\n".join(f"  {key:28} {text}" for key, text in config.known_keys().items())
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help,
-        description=command.__doc__,
-        epilog=f"settings:\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
-    parser.add_argument("--conf", metavar="FILE.toml", help="settings; KEY=VALUE goes over them")
-    parser.set_defaults(command=command)
-    return parser
+@data_app.command("list")
+def list_sets() -> None:
+    """Print every data set that has a name, and which are on this machine; no network is used."""
+    from pfedmoap_flwr.cli.data import print_sets
+
+    print_sets(Console())
+
+
+@data_app.command(epilog=SETTINGS)
+def show(
+    settings: Words = None,
+    conf: Conf = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw clients x classes, as .png or .svg."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
+) -> None:
+    """Print who holds which images under the settings; nothing is computed of an image."""
+    values = words.read(settings, conf)
+    from pfedmoap_flwr.cli.data import print_partition
+
+    print_partition(values, figure, as_json=json, console=Console())
+
+
+@data_app.command(epilog=SETTINGS)
+def prepare(settings: Words = None, conf: Conf = None, method: Method = None) -> None:
+    """Get a data set and weights, check them, and compute all image features a run will read.
+
+    Stopped, it goes on after the last images that were kept.
+    """
+    values = words.read(settings, conf, method)
+    from pfedmoap_flwr.cli.data import prepare_features
+
+    prepare_features(values, Console())
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,8 +25,7 @@ from rich.status import Status
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.strategy import AllClientsFailed
+from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.runs.folder import RunFolder
 
 CONNECTION = "pfedmoap"
@@ -36,14 +35,10 @@ STATUS_SECONDS = 20.0
 LOG = "flower.log"
 
 
-class RunFailed(RuntimeError):
-    """A run that Flower lists as failed, with the end of its log."""
-
-
 def simulate(settings: Settings, run_dir: Path, console: Console) -> None:
     """Run a simulation in Ray through `flwr run` and wait for its end, printing each round.
 
-    Raises AllClientsFailed or UsageError with the server's own reason, RunFailed for any other end.
+    Raises RunFailed with the server's own reason, or with the end of the log where it left none.
     """
     app = app_folder()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +59,7 @@ def simulate(settings: Settings, run_dir: Path, console: Console) -> None:
     if status == "finished:completed":
         return
     if (run_dir / "error.txt").exists():
-        raise AllClientsFailed((run_dir / "error.txt").read_text())
+        raise RunFailed((run_dir / "error.txt").read_text())
     log = (run_dir / LOG).read_text(errors="replace").splitlines()[-30:]
     raise RunFailed("\n".join([*log, f"Flower lists the run as {status}; log: {run_dir / LOG}"]))
 
@@ -75,7 +70,7 @@ def app_folder() -> Path:
     if not (folder / "pyproject.toml").is_file() or not (folder / "server_app.py").is_file():
         raise UsageError(
             f"no Flower app in {folder}: flwr run needs a clone of the repository "
-            "(pip install -e .); or use --in-process"
+            "(pip install -e .); or use the engine in-process"
         )
     return folder
 

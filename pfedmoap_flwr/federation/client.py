@@ -23,10 +23,11 @@ from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import messages
-from pfedmoap_flwr.methods.base import Head, Method, Work
+from pfedmoap_flwr.methods.base import Method, Work
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import Value
 from pfedmoap_flwr.training import local, stacked
+from pfedmoap_flwr.training.exchange import make_work
 from pfedmoap_flwr.training.node import Node, node_of
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
@@ -62,14 +63,8 @@ class Client:
         self, server_round: int, received: Mapping[str, Tensor], *states: Mapping[str, Tensor]
     ) -> Work[Any]:
         """Return what lies before the client: a fresh head, overwritten by the states in turn."""
-        head: Head = self.method.build()
-        for state in states:
-            head.load(state)
-        on_device = {name: tensor.to(head.device) for name, tensor in received.items()}
         split = functools.partial(self.node.split, self.client_id)
-        work = Work(self.client_id, server_round, head, split, on_device)
-        self.method.prepare(work)
-        return work
+        return make_work(self.method, self.client_id, server_round, split, received, *states)
 
     def to_train(self, message: Message) -> Work[Any]:
         """Return what a train message asks for: the kept head, overwritten by what came."""

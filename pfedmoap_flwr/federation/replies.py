@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.methods.base import Upload
+from pfedmoap_flwr.training.exchange import check_tensors
 
 
 @dataclass
@@ -60,16 +60,7 @@ def check_upload(content: RecordDict, client_id: int, expected: Mapping[str, Ten
     metrics = content["metrics"]
     _check_sender(int(metrics["client"]), client_id)
     tensors = messages.to_tensors(content["arrays"])
-    if tensors.keys() != expected.keys():
-        raise ValueError(f"uploaded {sorted(tensors)}, not {sorted(expected)}")
-    for name, tensor in tensors.items():
-        like = expected[name]
-        if tensor.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
-        if tensor.dtype != like.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, not {like.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite; lower the learning rate")
+    check_tensors(tensors, expected)
     loss = float(metrics["loss"]) if "loss" in metrics else None
     start = messages.METHOD_METRIC
     own = {n.removeprefix(start): float(v) for n, v in metrics.items() if n.startswith(start)}

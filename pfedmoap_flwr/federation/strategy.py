@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from pfedmoap_flwr.config import Settings
+from pfedmoap_flwr.errors import RunFailed
 from pfedmoap_flwr.federation.handshake import Card, check_agreement, introduce
 from pfedmoap_flwr.federation.messages import num_bytes, to_arrays
 from pfedmoap_flwr.federation.replies import Replies, Trained, check_evaluation, check_upload
@@ -28,7 +29,7 @@ from pfedmoap_flwr.runs.record import Round
 logger = logging.getLogger("flwr.pfedmoap")
 
 
-class AllClientsFailed(RuntimeError):
+class AllClientsFailed(RunFailed):
     """No client of a round could train; the message is the first one's traceback."""
 
 

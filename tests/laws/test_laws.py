@@ -15,21 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, assert_same, rounds
+from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, make_method, make_work, rounds
 from flwr.app import Array
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip import load
 from pfedmoap_flwr.clip.features import read_images
+from pfedmoap_flwr.data import federated as federated_module
+from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
-from pfedmoap_flwr.federation import messages
-from pfedmoap_flwr.methods.base import Head, Method, Upload
+from pfedmoap_flwr.federation import client, messages
+from pfedmoap_flwr.methods.base import Head, Method, Split, Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import choices
-from pfedmoap_flwr.training import local
+from pfedmoap_flwr.training import local, node
 
 Federate = Callable[..., RunFolder]
 every_method = pytest.mark.parametrize("method", methods.names())
@@ -143,6 +146,13 @@ def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
 
 
 # Law 8
+
+
+def forget_data() -> None:
+    """Divide the images anew: they are kept for all runs of a process."""
+    federated_module.federated.cache_clear()
+    node._node.cache_clear()
+    client._shared.cache_clear()
 
 
 @pytest.fixture
