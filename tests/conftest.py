@@ -12,7 +12,6 @@ import open_clip
 import pytest
 import torch
 from flwr.app import Message
-from pfedmoap_flwr.data.federated import Task
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,11 +19,13 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip
 from pfedmoap_flwr.clip.settings import ClipSettings
+from pfedmoap_flwr.data.federated import Task, federated
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
-from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.federation import client, messages
 from pfedmoap_flwr.methods.base import Head, Method, Split, Work
 from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import node
 
 CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
 DOMAINS = ["photo", "sketch"]
@@ -102,6 +103,13 @@ def _write_images(folder: Path) -> None:
                     rows["label"].append(label)
                     rows["domain"].append(domain)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def forget_data() -> None:
+    """Let data sets be divided and read anew, as in a fresh process."""
+    federated.cache_clear()
+    node._node.cache_clear()
+    client._shared.cache_clear()
 
 
 def frozen_clip(model: str = "tiny", pretrained: str | Path = "", **changes: Any) -> FrozenClip:

@@ -13,19 +13,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import forget_data
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.settings import ClipSettings
-from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data import SPLITS, federated
 from pfedmoap_flwr.data.images import ImageData, _load, duplicates
 from pfedmoap_flwr.data.partition import ClientRows, partition
 from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.data.settings import DataSettings, ImageSettings
-from pfedmoap_flwr.federation import client
+from pfedmoap_flwr.training.node import node_of
 
+CLIP = ClipSettings(model="tiny", pretrained="tiny")
 CLASSES, DOMAINS = 6, 3
 COUNTS = {"train": 40, "validation": 4, "test": 10}  # of a class in a domain
 FIRST = {"train": 0, "validation": 2000, "test": 4000}  # number of a split's first image
@@ -84,12 +87,12 @@ def seeing_colours(
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path))
-    monkeypatch.setattr(client, "load_images", lambda name: images)
+    monkeypatch.setattr(federated, "load_images", lambda settings: images)
     monkeypatch.setattr(FrozenClip, "preprocess", property(lambda clip: preprocess))
     monkeypatch.setattr(FrozenClip, "image_tower", lambda clip: contextlib.nullcontext(Colours()))
-    client._node.cache_clear()
+    forget_data()
     yield
-    client._node.cache_clear()
+    forget_data()
 
 
 def colours(features: Tensor) -> np.ndarray:
@@ -108,11 +111,9 @@ def test_what_a_client_trains_on_is_what_its_pixels_say(
     name: str, shots: int, images: ImageData
 ) -> None:
     data = settings_of(name, shots=shots)
-    node = client._node(
-        data, ClipSettings(model="tiny", pretrained="tiny"), 0, "cpu", "features", 0
-    )
+    node = node_of(CLIP, data, 0, "cpu", Reading())
     for rows in partition(images, data, 0):
-        splits = node.splits(rows.client)
+        splits = {split: node.split(rows.client_id, split) for split in SPLITS}
         for split in SPLITS:
             label, domain, number = read(colours(splits[split].features))
             assert label.tolist() == splits[split].labels.tolist()
@@ -125,11 +126,9 @@ def test_what_a_client_trains_on_is_what_its_pixels_say(
 @pytest.mark.usefixtures("seeing_colours")
 def test_augmented_views_stay_with_their_labels(images: ImageData) -> None:
     data = settings_of("dirichlet-domain")
-    node = client._node(
-        data, ClipSettings(model="tiny", pretrained="tiny"), 0, "cpu", "features", 2
-    )
+    node = node_of(CLIP, data, 0, "cpu", Reading(views=2))
     for rows in partition(images, data, 0):
-        train = node.splits(rows.client)["train"]
+        train = node.split(rows.client_id, "train")
         for view in range(2):
             label, _, number = read(colours(train.features[:, view]))
             assert label.tolist() == train.labels.tolist()

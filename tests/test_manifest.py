@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, forget_data
 from tables import even_table
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.federated import Federated, federated
 from pfedmoap_flwr.data.images import ImageData, _load, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
@@ -24,8 +25,9 @@ from pfedmoap_flwr.data.partition import (
 from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import client, server
+from pfedmoap_flwr.federation import server
 from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.training import node
 
 Federate = Callable[..., RunFolder]
 IMAGES = even_table()
@@ -129,14 +131,14 @@ def test_a_run_leaves_its_manifest(federate: Federate) -> None:
     assert saved == manifest(images, data, 3, partition(images, data, 3))
 
 
-def without_data(name: str) -> ImageData:
+def without_data(data: DataSettings, seed: int) -> Federated:
     raise UsageError("no images here")
 
 
 def test_a_server_without_the_data_leaves_none(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "load_images", without_data)
+    monkeypatch.setattr(server, "federated", without_data)
     run = federate(method="zeroshot", num_server_rounds=1)
     assert (run.path / "summary.json").exists()
     assert not (run.path / "partition.json").exists()
@@ -145,12 +147,12 @@ def test_a_server_without_the_data_leaves_none(
 def test_nodes_with_other_images_than_the_server_have_none(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(images: ImageData, data: DataSettings, seed: int) -> list[ClientRows]:
-        return partition(images, data, seed + 1)
+    def other(data: DataSettings, seed: int) -> Federated:
+        return federated(data, seed + 1)
 
-    client._node.cache_clear()
-    monkeypatch.setattr(client, "partition", other)
+    forget_data()
+    monkeypatch.setattr(node, "federated", other)
     run = federate(method="zeroshot", num_server_rounds=1)
-    client._node.cache_clear()
+    forget_data()
     assert (run.path / "summary.json").exists()
     assert not (run.path / "partition.json").exists()

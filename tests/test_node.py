@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS
+from conftest import NUM_CLIENTS, forget_data
 from copies import write_tree
 
 from pfedmoap_flwr.clip.features import Reading, read_images
@@ -31,11 +31,9 @@ PETS = {"cat": 20, "red_panda": 20}
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Nothing is known from other tests, nor to them."""
-    federated.cache_clear()
-    node_module._node.cache_clear()
+    forget_data()
     yield
-    federated.cache_clear()
-    node_module._node.cache_clear()
+    forget_data()
 
 
 def a_node(reading: Reading = Reading(), **changes: Any) -> Node:  # noqa: B008 - it is frozen

@@ -29,7 +29,7 @@ BATCH = 128
 RECIPE = 2  # goes up when what is computed below changes
 logger = logging.getLogger("flwr.pfedmoap")
 
-Reads = Literal["features", "tokens", "pixels"]
+Kind = Literal["features", "tokens", "pixels"]
 Dtype = Literal["float32", "float16"]
 
 
@@ -42,7 +42,7 @@ class Reading:
     With `views` V, V augmentations of each training image instead: (V, ...).
     """
 
-    kind: Reads = "features"
+    kind: Kind = "features"
     views: int = 0
 
     def of(self, split: str) -> "Reading":
@@ -114,7 +114,7 @@ def read_shape(clip: FrozenClip, reading: Reading) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _shape(clip: FrozenClip, kind: Reads) -> tuple[int, ...]:
+def _shape(clip: FrozenClip, kind: Kind) -> tuple[int, ...]:
     pixels = torch.zeros(1, 3, *clip.image_size)
     with _reader(clip, kind) as (read, _):
         return tuple(read(pixels).shape[1:])
@@ -148,7 +148,7 @@ def _blocks(
     clip: FrozenClip,
     images: datasets.Dataset,
     prepare: Prepare,
-    kind: Reads,
+    kind: Kind,
     starts: range,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
@@ -180,7 +180,7 @@ def _blocks(
 
 
 @contextlib.contextmanager
-def _reader(clip: FrozenClip, kind: Reads) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+def _reader(clip: FrozenClip, kind: Kind) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
     """Give what reads pixels (B, 3, H, W), and how many bytes of an image tower it holds."""
     if kind == "pixels":
         yield lambda pixels: pixels, 0

@@ -266,7 +266,7 @@ class Method(Generic[S, H]):
         """
         return torch.optim.SGD(groups, lr=self.settings.lr, **self.sgd_options())
 
-    def sgd_options(self) -> dict[str, float]:
+    def sgd_options(self) -> dict[str, Any]:
         """Return momentum and weight decay of the default optimizer."""
         released = self.settings.compat == "released"
         return {"momentum": 0.9, "weight_decay": 5e-4} if released else {}

@@ -1,4 +1,4 @@
-"""FedAMP's cloud prompts and client step, against numbers of public code and the paper's formula."""
+"""FedAMP's cloud prompts and client step, against public code and the paper's formula."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,13 +48,10 @@ class Linear(nn.Module):
 def test_16_the_clients_step_is_the_papers_not_the_released_one() -> None:
     step = VECTOR["client_step"]
     head: Any = Linear(numbers(step["start"]))
-    x, labels, cloud_model = (
-        numbers(step["x"]),
-        torch.tensor(step["labels"]),
-        numbers(step["cloud"]),
-    )
+    x, labels = numbers(step["x"]), torch.tensor(step["labels"])
+    received = {"ctx": numbers(step["cloud"])}
     weight = {"fedamp.lambda": step["lam"] / step["alphaK"]}
-    loss = make_method("fedamp", **weight).loss(head, x, labels, {"ctx": cloud_model})
+    loss = make_method("fedamp", **weight).loss(head, x, labels, received)
     (gradient,) = torch.autograd.grad(loss, head.ctx)
     after = head.ctx.detach() - step["lr"] * gradient
     papers = numbers(step["paper_half_lambda_over_alphaK_squared_norm_after_one_step"])

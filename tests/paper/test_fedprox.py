@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.runs.folder import RunFolder
 
+OVERFITTING = {"fedprox.mu": 0.01}
+
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 3.0])
 def test_the_loss_and_its_gradient_are_the_formulas(mu: float) -> None:

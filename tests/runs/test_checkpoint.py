@@ -1,17 +1,20 @@
 """What is on disk: the server's checkpoint and the clients' kept heads, whole or not at all."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tensor_files
+from conftest import TINY, Exchange, tensor_files
 from torch import Tensor
 
-from pfedmoap_flwr.cli.main import make_plan
+from pfedmoap_flwr import api
+from pfedmoap_flwr.engines.in_process import make_context
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods.base import Server
+from pfedmoap_flwr.federation.client import answer
+from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 from pfedmoap_flwr.runs.heads import KeptHeads
@@ -20,29 +23,26 @@ Federate = Callable[..., RunFolder]
 SHORT = {"local_epochs": 1, "batch_size": 16}
 
 
-def servers() -> dict[str, Server]:
+def servers() -> dict[str, ServerState]:
     torch.manual_seed(0)
     ctx = torch.randn(5, 4, 8)
     odd = torch.tensor([0.0, -0.0, 1e-45, -1e38, 1 / 3])
     return {
-        "class-specific": Server(
+        "class-specific": ServerState(
             shared={"ctx": ctx},
             pool={10: {"ctx": ctx + 1}, 2: {"ctx": ctx / 3}},
-            examples={10: 7, 2: 1},
             round=12,
         ),
-        "empty uploads, as of coop": Server({}, {0: {}, 11: {}}, {0: 3, 11: 4}, round=1),
-        "before round 1": Server({"ctx": ctx}),
-        "names with slashes, views, one tensor twice": Server(
+        "clients in the pool without tensors": ServerState({}, {0: {}, 11: {}}, round=1),
+        "before round 1": ServerState({"ctx": ctx}),
+        "names with slashes, views, one tensor twice": ServerState(
             shared={"a/b": ctx[:, 1], "a.c": ctx.transpose(0, 2)},
             pool={3: {"a/b": ctx[0], "a.c": ctx[0]}},
-            examples={3: 2},
             round=2,
         ),
-        "extra tensors, all kinds of numbers": Server(
+        "extra tensors, all kinds of numbers": ServerState(
             shared={"ctx": odd, "half": odd.half(), "brain": odd.bfloat16()},
             pool={1: {"ctx": odd.double()}},
-            examples={1: 1},
             round=3,
             extra={"count": torch.tensor(5), "none": torch.empty(0, 4), "x/y": odd},
         ),
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_read_back_bit_for_bit(kind: str, tmp_path: Path) -> Non
     assert {c: bits(t) for c, t in loaded.pool.items()} == {
         c: bits(t) for c, t in server.pool.items()
     }
-    assert (loaded.examples, loaded.round) == (server.examples, server.round)
+    assert loaded.round == server.round
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
@@ -74,13 +74,13 @@ def test_a_checkpoint_is_read_back_after_a_run_of_a_method_that_sends_nothing(
     federate: Federate,
 ) -> None:
     server = checkpoint.load(federate(method="coop", fraction_train=0.5, **SHORT).path)
-    assert server.shared == {}
-    assert server.pool
-    assert server.pool == {client: {} for client in server.examples}
+    assert (server.shared, server.pool, server.extra) == ({}, {}, {})
+    assert server.round == 2
 
 
-def torn(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
-    Path(path).write_bytes(b"half a file")
+def torn(path: Path, content: bytes) -> int:
+    with path.open("wb") as file:
+        file.write(content[: len(content) // 2])
     raise OSError("no space left on device")
 
 
@@ -88,17 +88,23 @@ def not_renamed(source: Path, target: Path) -> None:
     raise OSError("killed")
 
 
-@pytest.mark.parametrize(("where", "broken"), [("save_file", torn), ("os.replace", not_renamed)])
+breakages = pytest.mark.parametrize(
+    ("where", "broken"), [("pathlib.Path.write_bytes", torn), ("os.replace", not_renamed)]
+)
+
+
+@breakages
 def test_a_torn_checkpoint_leaves_the_old_one(
-    where: str, broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(servers()["class-specific"], tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    monkeypatch.setattr(f"pfedmoap_flwr.runs.checkpoint.{where}", broken)
+    monkeypatch.setattr(where, broken)
     with pytest.raises(OSError, match=r"space|killed"):
         checkpoint.save(servers()["before round 1"], tmp_path)
     monkeypatch.undo()
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
     checkpoint.save(servers()["before round 1"], tmp_path)
     assert checkpoint.load(tmp_path).round == 0
 
@@ -153,13 +159,13 @@ def test_a_changed_setting_is_named_and_the_run_is_left_as_it_was(
         federate("whole", flat=flat, **SHORT)
     # The command finds it before it starts anything
     with pytest.raises(UsageError, match=said):
-        make_plan(flat)
+        api.plan(flat)
     assert (tensor_files(run), (run.path / "rounds.jsonl").read_bytes()) == before
 
 
 def test_places_may_change_when_a_run_is_resumed(federate: Federate) -> None:
     run = federate("whole", num_server_rounds=1, **SHORT)
-    plan = make_plan({"resume": str(run.path), "num-server-rounds": 3, "node-timeout": 5.0})
+    plan = api.plan({"resume": str(run.path), "num-server-rounds": 3, "node-timeout": 5.0})
     assert plan.run_dir == run.path
     changed = {"num-server-rounds": 3, "node-timeout": 5.0, "min-nodes": 4, "resume": str(run.path)}
     assert plan.settings == load_settings(run.path).replace(changed)
@@ -171,7 +177,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(federate: Federate) -> No
     with pytest.raises(UsageError, match=r"run-dir=.*whole: .*resume="):
         federate("whole", num_server_rounds=1, **SHORT)
     with pytest.raises(UsageError, match=r"run-dir=.*whole: .*resume="):
-        make_plan({"run-dir": str(run.path)})
+        api.plan({"run-dir": str(run.path)})
     assert (tensor_files(run), (run.path / "rounds.jsonl").read_bytes()) == before
 
 
@@ -235,13 +241,13 @@ def test_rounds_are_numbers_not_texts(tmp_path: Path) -> None:
     assert loaded["ctx"][0, 0] == 2
 
 
-@pytest.mark.parametrize(("where", "broken"), [("save_file", torn), ("os.replace", not_renamed)])
+@breakages
 def test_a_torn_head_leaves_the_old_one(
-    where: str, broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, broken: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = KeptHeads(tmp_path)
     heads.save(1, head(1.0))
-    monkeypatch.setattr(f"{heads.__name__}.{where}", broken)
+    monkeypatch.setattr(where, broken)
     with pytest.raises(OSError, match=r"space|killed"):
         heads.save(2, head(2.0))
     monkeypatch.undo()
@@ -251,15 +257,39 @@ def test_a_torn_head_leaves_the_old_one(
 
 
 def test_clients_and_runs_do_not_share_a_folder(federate: Federate, tmp_path: Path) -> None:
-    shared = {"state-dir": str(tmp_path / "state")}
-    one = federate("one", num_server_rounds=1, flat=shared, **SHORT)
-    federate("other", num_server_rounds=1, seed=1, flat=shared, **SHORT)
-    found = sorted(str(p.parent.relative_to(tmp_path / "state")) for p in
-                   (tmp_path / "state").rglob("*.safetensors"))  # fmt: skip
-    assert found == [f"{run}/client-{client}" for run in ("one", "other") for client in range(4)]
-    alone = federate("alone/one", num_server_rounds=1, **SHORT)
+    state = tmp_path / "state"
+    options = {"num_server_rounds": 1, "flat": {"state-dir": str(state)}, **SHORT}
+    # Two runs of one name: a run's id tells them apart
+    runs = [federate("here/run", **options), federate("there/run", seed=1, **options)]
+    assert runs[0].run_id != runs[1].run_id
+    found = {str(path.parent.relative_to(state)) for path in state.rglob("*.safetensors")}
+    assert found == {f"{run.run_id}/client-{client}" for run in runs for client in range(4)}
+    alone = federate("alone", num_server_rounds=1, **SHORT)
     for client in range(4):
-        name = f"one/client-{client}/round-00001.safetensors"
-        own = (tmp_path / "state" / name).read_bytes()
-        assert own == tensor_files(alone)[f"clients/{name}"]
-    assert one.path != alone.path
+        name = f"client-{client}/round-00001.safetensors"
+        own = (state / runs[0].run_id / name).read_bytes()
+        assert own == tensor_files(alone)[f"clients/RUN/{name}"]
+
+
+def test_a_message_that_names_a_path_as_its_run_is_refused(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "run_id", "../../elsewhere")
+    with pytest.raises(UsageError, match="32 hexadecimal digits"):
+        federate("run", num_server_rounds=1, **SHORT)
+    assert list(tmp_path.rglob("*elsewhere*")) == []
+
+
+def test_evaluation_writes_and_deletes_nothing(
+    federate: Federate, wire: list[Exchange], tmp_path: Path
+) -> None:
+    run = federate("run", num_server_rounds=2, **SHORT)
+    before = tensor_files(run)
+    flat = {**TINY, **json.loads((run.path / "settings.json").read_text())}
+    for exchange in (e for e in wire if e.kind == "evaluate"):
+        node = {"partition-id": exchange.client, "num-partitions": 4}
+        (reply,) = answer([(exchange.message, make_context(1, node, flat))])
+        assert reply.has_content()
+    # Round 0's question too, which once cleared the heads
+    assert {e.round for e in wire if e.kind == "evaluate"} == {0, 1, 2}
+    assert tensor_files(run) == before
