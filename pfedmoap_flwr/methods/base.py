@@ -204,12 +204,14 @@ class Method(Generic[S, H]):
     section: the class of its own settings; their keys begin with the method's name.
     head: the class of its head. reading: what the head gets of an image.
     personal: parameters, or modules of them, that never leave a client.
+    fidelity: how close it is to its paper, in a few words; its page in docs/methods says more.
     """
 
     section: ClassVar[type[Section]] = Section
     head: ClassVar[type[Head]] = PromptHead
     reading: ClassVar[Reading] = Reading()
     personal: tuple[str, ...] = ()
+    fidelity: ClassVar[str] = "faithful"
 
     def __init__(self, settings: LearningSettings, own: S, clip: FrozenClip, task: Task) -> None:
         self.settings = settings

@@ -63,6 +63,7 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
 
     section = FedJETsSettings
     head = FedJETsHead
+    fidelity = "nearest version: the gate is asked with the last round's ranks"
 
     def reports(self) -> dict[str, Tensor]:
         """Return `ranks` (M,): the gate's mean softmax over a client's training images."""
