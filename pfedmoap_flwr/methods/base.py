@@ -319,7 +319,11 @@ class Method(Generic[S, H]):
 
         Eq. 6: P_g^t = SUM p_i P_i^t with p_i = n_i / SUM n over the participants.
         """
-        state.shared |= average(uploads, state.shared)
+        state.shared |= self.combine(state, uploads)
+
+    def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
+        """Return what is shared next: the mean by n_i, or the rule of setting server.rule."""
+        return average(uploads, state.shared)
 
 
 def average(
