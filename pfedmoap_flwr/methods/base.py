@@ -36,8 +36,8 @@ Tensors = Mapping[str, Tensor]
 Phase = tuple[int, tuple[str, ...]]
 """Epochs, and the names of the parameters that move in them."""
 
-EVALUATION_NUMBERS = 2**22
-"""So many numbers of images go through `classify` at once: 16 MB in float32."""
+EVALUATION_IMAGES, EVALUATION_NUMBERS = 1024, 2**22
+"""How many images, and numbers read of them, go through `classify` at once at the most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,8 @@ class Head(nn.Module):
 
     def predict(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (n, C) of a whole split, computed in parts that fit into memory."""
-        step = max(1, EVALUATION_NUMBERS // max(1, image_features[:1].numel()))
+        fitting = EVALUATION_NUMBERS // max(1, image_features[:1].numel())
+        step = min(max(1, fitting), EVALUATION_IMAGES)
         return torch.cat([self.classify(part, encoded) for part in image_features.split(step)])
 
     @torch.no_grad()
