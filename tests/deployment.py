@@ -14,7 +14,7 @@ from uuid import uuid4
 import psutil
 
 from pfedmoap_flwr.engines.simulation import flower_environment
-from pfedmoap_flwr.runs.folder import RoundRecord
+from pfedmoap_flwr.runs.record import Round
 
 APP = Path(__file__).resolve().parent.parent
 MARK = "PFEDMOAP_TEST_PROCESSES"
@@ -144,7 +144,7 @@ def wait_for_port(port: int, timeout: float = 60.0) -> None:
     raise AssertionError(f"nothing listens on port {port} after {timeout:g} s")
 
 
-def accuracies(records: Sequence[RoundRecord]) -> dict[tuple[int, int, str], float]:
+def accuracies(records: Sequence[Round]) -> dict[tuple[int, int, str], float]:
     """Return {(round, client, metric): value} of all rounds."""
     return {
         (record.round, client, name): value
@@ -154,6 +154,6 @@ def accuracies(records: Sequence[RoundRecord]) -> dict[tuple[int, int, str], flo
     }
 
 
-def losses(records: Sequence[RoundRecord]) -> dict[int, float | None]:
+def losses(records: Sequence[Round]) -> dict[int, float | None]:
     """Return {round: mean training loss}."""
     return {record.round: record.train_loss for record in records if record.round}

@@ -14,7 +14,8 @@ from pfedmoap_flwr import config
 from pfedmoap_flwr.engines.in_process import run_in_process
 from pfedmoap_flwr.engines.simulation import free_port
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RoundRecord, RunFolder
+from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.runs.record import Round
 
 CLIENTS = 2
 SETTINGS: dict[str, Any] = {
@@ -33,7 +34,7 @@ class Session:
     """What two deployed runs left: two rounds, both SuperNodes restarted, a third round."""
 
     statuses: list[str]
-    first_rounds: list[RoundRecord]
+    first_rounds: list[Round]
     run: RunFolder
     server_home: Path
     node_states: list[Path]
@@ -93,7 +94,7 @@ def run_reference(run_dir: Path) -> RunFolder:
     return RunFolder(run_dir)
 
 
-def assert_same_numbers(deployed: list[RoundRecord], expected: list[RoundRecord]) -> None:
+def assert_same_numbers(deployed: list[Round], expected: list[Round]) -> None:
     """Every accuracy of every client, and the training loss, which also shows a lost gate."""
     assert accuracies(deployed) == pytest.approx(accuracies(expected), abs=TOLERANCE)
     assert losses(deployed) == pytest.approx(losses(expected), abs=TOLERANCE)

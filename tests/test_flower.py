@@ -1,4 +1,4 @@
-"""The app through Flower's own doors: the bundle, `pfedmoap run` in Ray, plain `flwr run`."""
+"""The app through Flower's own doors: the bundle, `pfedmoap run --engine ray`, plain `flwr run`."""
 
 import json
 import signal
@@ -25,6 +25,7 @@ from pfedmoap_flwr.engines.simulation import free_port
 from pfedmoap_flwr.runs.folder import RunFolder
 
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
+RAY = [*PFEDMOAP, "run", "--engine", "ray"]
 STOP_SECONDS = 20.0
 CLIENTS = 5
 EMBEDDED: dict[str, Any] = {
@@ -48,7 +49,7 @@ def embedded_in_process(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("in-process")
     with processes(folder, PFEDMOAP_ASSETS=None) as started:
         run_dir = folder / "run"
-        started.run([*PFEDMOAP, "run", "--in-process", *words(EMBEDDED, run_dir)])
+        started.run([*PFEDMOAP, "run", *words(EMBEDDED, run_dir)])
     return RunFolder(run_dir)
 
 
@@ -65,7 +66,7 @@ def assert_same_numbers(run: RunFolder, expected: RunFolder) -> None:
 def test_ray_equals_in_process(embedded_in_process: RunFolder, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with processes(tmp_path, PFEDMOAP_ASSETS=None) as started:
-        done = started.run([*PFEDMOAP, "run", *words(EMBEDDED, run_dir)])
+        done = started.run([*RAY, *words(EMBEDDED, run_dir)])
         assert not started.left_behind()
     assert "round 2/2" in done.stdout
     assert_same_numbers(RunFolder(run_dir), embedded_in_process)
@@ -110,7 +111,7 @@ def test_failing_clients_are_shown_and_the_command_fails(tmp_path: Path) -> None
     run_dir.mkdir()
     (run_dir / "clients").write_text("not a folder")
     with processes(tmp_path) as started:
-        done = started.run([*PFEDMOAP, "run", *words(TINY, run_dir)], check=False)
+        done = started.run([*RAY, *words(TINY, run_dir)], check=False)
         assert not started.left_behind()
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -124,14 +125,14 @@ def test_ctrl_c_ends_everything_and_the_run_goes_on(
     folder = RunFolder(tmp_path / "run")
     endless = words({**TINY, "num-server-rounds": 10_000}, folder.path)
     with processes(tmp_path) as started:
-        command = started.start("command", [*PFEDMOAP, "run", *endless])
+        command = started.start("command", [*RAY, *endless])
         wait_for_rounds(folder, 2, command)
         command.send_signal(signal.SIGINT)
         assert command.wait(STOP_SECONDS) == 130
         assert not started.left_behind()
         last = folder.rounds()[-1].round + 1
         resume = [f"resume={folder.path}", f"num-server-rounds={last}"]
-        started.run([*PFEDMOAP, "run", "--in-process", *resume])
+        started.run([*PFEDMOAP, "run", *resume])
     assert [record.round for record in folder.rounds()] == list(range(last + 1))
     whole = federate("whole", num_server_rounds=last)
     assert {client for _, client, _ in accuracies(whole.rounds())} == set(range(NUM_CLIENTS))

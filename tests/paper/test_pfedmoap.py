@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work
-from pfedmoap_flwr.training.node import node_of
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.training import local
+from pfedmoap_flwr.training.node import node_of
 
 Federate = Callable[..., RunFolder]
 
