@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CLASSNAMES, DOMAINS, NUM_CLIENTS, PER_CLASS, TINY
-from copies import tables, write_parquet
 from PIL import Image
 
 from pfedmoap_flwr.cli import main as cli
@@ -19,6 +17,9 @@ from pfedmoap_flwr.clip import features
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER
+from support import ROOT
+from support.copies import tables, write_parquet
+from support.tiny import CLASSNAMES, DOMAINS, NUM_CLIENTS, PER_CLASS, TINY
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 Printed = pytest.CaptureFixture[str]
@@ -45,7 +46,7 @@ def cells(printed: str) -> dict[str, list[str]]:
 def test_list_says_what_the_docs_say(capsys: Printed) -> None:
     assert cli.main(["data", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
-    docs = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    docs = (ROOT / "docs" / "data.md").read_text()
     for source in CATALOGUE.values():
         line = lines[source.name]
         assert source.licence in line

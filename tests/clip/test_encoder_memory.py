@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import frozen_clip
 
 from pfedmoap_flwr.clip import prefix
 from pfedmoap_flwr.clip.text import PromptEncoder
+from support.tiny import frozen_clip
 
 NAMES = ("cat", "red panda", "dog")
 

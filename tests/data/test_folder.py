@@ -10,8 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import TINY
-from copies import png, read, write_tree
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -26,6 +24,8 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.report import tables
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.copies import png, read, write_tree
+from support.tiny import TINY
 
 PETS = {"cat": 20, "red_panda": 20}
 
