@@ -118,7 +118,7 @@ def test_where_classes_do_not_fit_the_largest_are_named(
     said = manifest(capsys)
     monkeypatch.setenv("COLUMNS", "79")
     monkeypatch.setattr("pfedmoap_flwr.report.data_tables.LARGEST", 1)
-    monkeypatch.setattr("pfedmoap_flwr.report.data_tables._narrowest", lambda *_: 80)
+    monkeypatch.setattr("pfedmoap_flwr.report.data_tables.narrowest", lambda *_: 80)
     assert cli.main(["data", "show", *WORDS]) == 0
     rows = cells(capsys.readouterr().out)
     for client in said["clients"]:
@@ -196,21 +196,21 @@ def test_prepare_that_was_stopped_goes_on(
 ) -> None:
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "BATCH", 8)
-    blocks, started = features._blocks, []
+    encode_image, batches = features.encode_image, []
 
     def stopping(*said: Any) -> Any:
-        started.append(next(each.start for each in said if isinstance(each, range)))
-        for number, block in enumerate(blocks(*said)):
-            if len(started) == 1 and number == 3:
-                raise KeyboardInterrupt
-            yield block
+        batches.append(1)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return encode_image(*said)
 
-    monkeypatch.setattr(features, "_blocks", stopping)
+    monkeypatch.setattr(features, "encode_image", stopping)
     assert cli.main(["data", "prepare", *WORDS]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "pfedmoap: stopped; the same command goes on from there"
     assert cli.main(["data", "prepare", *WORDS]) == 0
-    assert started == [0, 24, 0, 0]
+    # Of 96, 32 and 64 images: three batches of the first were there
+    assert len(batches) == 4 + 9 + 4 + 8
 
 
 @pytest.mark.parametrize(
