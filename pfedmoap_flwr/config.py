@@ -44,6 +44,30 @@ FIRST = ("method", "seed", "compat", "num-server-rounds", "local-epochs", "fract
 T = TypeVar("T")
 
 
+class ServerSettings(Section):
+    """How the server combines what clients upload, for methods that take its mean."""
+
+    rule: Literal[
+        "average",
+        "fedavgm",
+        "fedadagrad",
+        "fedadam",
+        "fedyogi",
+        "fedmedian",
+        "fedtrimmedavg",
+        "krum",
+        "multikrum",
+        "bulyan",
+    ] = setting("average", "of the shared tensors; all but average are Flower's own")
+    lr: float = setting(
+        0.0, "learning rate of fedavgm to fedyogi; 0: Flower's own", low=0
+    )
+    momentum: float = setting(0.9, "fedavgm's", low=0, high=1)
+    trim: float = setting(0.2, "share cut off at each end by fedtrimmedavg", low=0, high=0.5)
+    malicious: int = setting(0, "clients that krum, multikrum and bulyan reckon with", low=0)
+    selected: int = setting(1, "clients that multikrum averages", low=1)
+
+
 class Settings(LearningSettings):
     """Everything a run was asked to do; `tables` holds the sections of methods by their names."""
 
@@ -61,6 +85,7 @@ class Settings(LearningSettings):
     resume: str = setting("", "results folder of a run to continue")
     clip: ClipSettings = ClipSettings()
     data: DataSettings = DataSettings()
+    server: ServerSettings = ServerSettings()
     tables: Mapping[str, Section] = Field(
         default_factory=lambda values: {values["method"]: methods.load(values["method"]).section()},
         exclude=True,

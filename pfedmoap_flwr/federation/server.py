@@ -22,6 +22,7 @@ from pfedmoap_flwr.federation.handshake import (
     say_data,
     wait_for_nodes,
 )
+from pfedmoap_flwr.federation.rules import replace_mean
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
 from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
@@ -66,6 +67,8 @@ def _run(grid: Grid, settings: Settings, state: ServerState | None, folder: RunF
     # The one that clients of this process use; a server without a GPU serves clients with one
     clip = load_clip(settings.clip, "cpu" if settings.device == "cpu" else "auto")
     method = methods.load(settings.method)(settings, settings.own, clip, cards[0].task)
+    if settings.server.rule != "average":
+        replace_mean(method, settings.server)
     strategy = PromptStrategy(settings, method, state or method.start(), cards, folder)
     strategy.start_all(grid)
     folder.finish(settings, [_row(card) for card in cards])
