@@ -35,7 +35,8 @@ class Source:
     train. "coop": all images together, divided 50/20/30 by class. "coop-test": the published test
     images, and 20% of the others for validation. `subset`: published classes that are not in our
     list are left out, as are those `dropped`. `size` and `num_domains` count the images and domains
-    that are used; 0: not known. `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
+    that are used; 0: not known. `partition` and `clients` are the paper's; "" and 0 where it does
+    not use the set.
     """
 
     name: str

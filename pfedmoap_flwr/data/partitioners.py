@@ -1,7 +1,7 @@
 """The partitioners, which divide a data set among clients: one function each, found by its name.
 
-A partitioner returns `Part`s: which images which clients share out among themselves, and how to draw
-their shares, the fraction of every class that goes to each client. The same shares cut train,
+A partitioner returns `Part`s: which images which clients share out among themselves, and how to
+draw their shares, the fraction of every class that goes to each client. The same shares cut train,
 validation and test, so that all splits of a client follow one class distribution. Keyword-only
 parameters are the settings that a partitioner reads besides the number of clients.
 """

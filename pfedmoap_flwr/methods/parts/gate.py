@@ -32,7 +32,7 @@ class AttentionGate(nn.Module):
         query = self.query(image_features).unflatten(-1, split).movedim(1, 0)
         key = self.key(text_features).flatten(0, 1).unflatten(-1, split).permute(1, 2, 0)
         value = self.value(text_features).unflatten(-1, split).permute(2, 1, 0, 3)
-        # Classes last, (heads, B, K+1, C): one product for all, and a softmax that is fast
+        # Classes last, (heads, B, K+1, C): one matrix product, a softmax over whole rows of memory
         scores = (self.score_scale * query @ key).unflatten(-1, (n_experts, -1))
         weights = scores.softmax(dim=2)
         mixed = weights.permute(0, 3, 1, 2) @ value
