@@ -59,9 +59,7 @@ class ServerSettings(Section):
         "multikrum",
         "bulyan",
     ] = setting("average", "of the shared tensors; all but average are Flower's own")
-    lr: float = setting(
-        0.0, "learning rate of fedavgm to fedyogi; 0: Flower's own", low=0
-    )
+    lr: float = setting(0.0, "learning rate of fedavgm to fedyogi; 0: Flower's own", low=0)
     momentum: float = setting(0.9, "fedavgm's", low=0, high=1)
     trim: float = setting(0.2, "share cut off at each end by fedtrimmedavg", low=0, high=0.5)
     malicious: int = setting(0, "clients that krum, multikrum and bulyan reckon with", low=0)

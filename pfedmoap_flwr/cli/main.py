@@ -168,6 +168,15 @@ def list_settings(
     print_settings(prefix, Console())
 
 
+@app.command("methods", epilog=SETTINGS)
+def list_methods(settings: Words = None, conf: Conf = None) -> None:
+    """List all methods: what travels, what stays, what is read, fidelity, source."""
+    values = words.read(settings, conf)
+    from pfedmoap_flwr.cli.methods import print_methods
+
+    print_methods(values, Console())
+
+
 @data_app.command("list")
 def list_sets() -> None:
     """Print every data set that has a name, and which are on this machine; no network is used."""

@@ -150,9 +150,13 @@ def run_in_process(settings: Settings) -> None:
 
 def serve_in_process(grid: InProcessGrid, run_config: dict[str, Value]) -> None:
     """Run the ServerApp over a grid of this process."""
-    # Message() asks for these, which Flower sets in the processes that it starts
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
+    allow_messages()
     server_app(grid, make_context(0, {}, run_config))
+
+
+def allow_messages() -> None:
+    """Let this process make messages: they ask for an identity that Flower gives its processes."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
 
 
 def make_context(
