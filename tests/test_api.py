@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NUM_CLIENTS, TINY
 
 import pfedmoap_flwr as pf
 from pfedmoap_flwr import api
@@ -15,6 +14,7 @@ from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.data import federated as federated_module
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.tiny import NUM_CLIENTS, TINY
 
 SHORT: dict[str, Any] = {**TINY, "num-server-rounds": 1, "local-epochs": 1}
 

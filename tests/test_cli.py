@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.cli import words as command_line
+from support.tiny import TINY
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 

@@ -7,6 +7,7 @@ import pytest
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.data.catalogue import find_source
 from pfedmoap_flwr.settings import fields
+from support import ROOT
 
 # Section 4.1: rounds, participation, backbone by table
 PAPER = {
@@ -28,7 +29,7 @@ DATA = {
     "table8": ["domainnet"],
     "table9": FIVE,
 }
-CONF = sorted((Path(__file__).parent.parent / "conf").glob("*.toml"))
+CONF = sorted((ROOT / "conf").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
@@ -44,7 +45,7 @@ def test_every_table_has_one_file() -> None:
     ("table", "name"), [(table, name) for table, names in DATA.items() for name in names]
 )
 def test_a_table_of_the_paper_has_its_data_and_its_clients(table: str, name: str) -> None:
-    flat = config.parse_file(CONF[0].parent / f"{table}.toml")
+    flat = config.parse_file(ROOT / "conf" / f"{table}.toml")
     assert flat["data.name"] in DATA[table]
     settings = config.parse({**flat, "data.name": name})
     source = find_source(name)
@@ -61,12 +62,12 @@ def test_a_table_of_the_paper_has_its_data_and_its_clients(table: str, name: str
 
 
 def test_every_method_has_one_and_a_page() -> None:
-    docs = CONF[0].parent.parent / "docs" / "methods"
+    docs = ROOT / "docs" / "methods"
     assert set(methods.names()) <= {path.stem for path in CONF}
     assert set(methods.names()) == {path.stem for path in docs.glob("*.md")}
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_a_methods_page_names_its_settings(name: str) -> None:
-    page = (CONF[0].parent.parent / "docs" / "methods" / f"{name}.md").read_text()
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
     assert [k for k in fields(methods.load(name).section, f"{name}.") if f"`{k}`" not in page] == []

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CLASSNAMES, DOMAINS, NUM_CLIENTS, PER_CLASS, TINY
-from copies import tables, write_parquet
 from PIL import Image
 
 from pfedmoap_flwr.cli import main as cli
@@ -19,6 +17,9 @@ from pfedmoap_flwr.clip import features
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER
+from support import ROOT
+from support.copies import tables, write_parquet
+from support.tiny import CLASSNAMES, DOMAINS, NUM_CLIENTS, PER_CLASS, TINY
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 Printed = pytest.CaptureFixture[str]
@@ -45,7 +46,7 @@ def cells(printed: str) -> dict[str, list[str]]:
 def test_list_says_what_the_docs_say(capsys: Printed) -> None:
     assert cli.main(["data", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
-    docs = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    docs = (ROOT / "docs" / "data.md").read_text()
     for source in CATALOGUE.values():
         line = lines[source.name]
         assert source.licence in line
@@ -117,7 +118,7 @@ def test_where_classes_do_not_fit_the_largest_are_named(
     said = manifest(capsys)
     monkeypatch.setenv("COLUMNS", "79")
     monkeypatch.setattr("pfedmoap_flwr.report.data_tables.LARGEST", 1)
-    monkeypatch.setattr("pfedmoap_flwr.report.data_tables._narrowest", lambda *_: 80)
+    monkeypatch.setattr("pfedmoap_flwr.report.data_tables.narrowest", lambda *_: 80)
     assert cli.main(["data", "show", *WORDS]) == 0
     rows = cells(capsys.readouterr().out)
     for client in said["clients"]:
@@ -195,21 +196,21 @@ def test_prepare_that_was_stopped_goes_on(
 ) -> None:
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "BATCH", 8)
-    blocks, started = features._blocks, []
+    encode_image, batches = features.encode_image, []
 
     def stopping(*said: Any) -> Any:
-        started.append(next(each.start for each in said if isinstance(each, range)))
-        for number, block in enumerate(blocks(*said)):
-            if len(started) == 1 and number == 3:
-                raise KeyboardInterrupt
-            yield block
+        batches.append(1)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return encode_image(*said)
 
-    monkeypatch.setattr(features, "_blocks", stopping)
+    monkeypatch.setattr(features, "encode_image", stopping)
     assert cli.main(["data", "prepare", *WORDS]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "pfedmoap: stopped; the same command goes on from there"
     assert cli.main(["data", "prepare", *WORDS]) == 0
-    assert started == [0, 24, 0, 0]
+    # Of 96, 32 and 64 images: three batches of the first were there
+    assert len(batches) == 4 + 9 + 4 + 8
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,21 @@
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, frozen_clip
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cli import doctor
 from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.clip.weights import held_checkpoint
 from pfedmoap_flwr.data.federated import federated
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import capacity
+from support.federation import Federate
+from support.tiny import NUM_CLIENTS, TINY, frozen_clip
 
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 Printed = pytest.CaptureFixture[str]
@@ -94,7 +94,7 @@ def test_it_fits_as_many_clients_as_a_run_does(
     name: str,
     capsys: Printed,
     monkeypatch: pytest.MonkeyPatch,
-    federate: Callable[..., RunFolder],
+    federate: Federate,
 ) -> None:
     measure, needed = capacity.saved_bytes, []
 

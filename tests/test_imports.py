@@ -8,8 +8,8 @@ import pytest
 
 from pfedmoap_flwr import methods
 from pfedmoap_flwr.methods.base import Method
+from support import ROOT
 
-ROOT = Path(methods.__file__).parents[2]
 PACKAGE = "pfedmoap_flwr"
 FILES = [*sorted(ROOT.glob(f"{PACKAGE}/**/*.py")), ROOT / "server_app.py", ROOT / "client_app.py"]
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ import pfedmoap_flwr
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import Section, fields, setting
+from support import ROOT
 
-PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PYPROJECT = ROOT / "pyproject.toml"
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -168,6 +168,22 @@ def list_settings(
     print_settings(prefix, Console())
 
 
+@app.command("inspect")
+def inspect_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a pFedMoAP run.")],
+    client: Annotated[
+        list[int] | None, typer.Option(metavar="NUMBER", help="Of these clients alone.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw attention by expert, .png or .svg.")
+    ] = None,
+) -> None:
+    """Show whom the gates of a run listen to: shares of attention, entropy, cosines."""
+    from pfedmoap_flwr.cli.inspect import print_gates
+
+    print_gates(run, client or [], figure, Console())
+
+
 @app.command("methods", epilog=SETTINGS)
 def list_methods(settings: Words = None, conf: Conf = None) -> None:
     """List all methods: what travels, what stays, what is read, fidelity, source."""

@@ -163,6 +163,11 @@ def load_clip(settings: ClipSettings, device: str = "auto") -> FrozenClip:
     return _load(settings.model, settings.pretrained, on, precision)
 
 
+def forget_clip() -> None:
+    """Free the models of this process; the next `load_clip` reads weights from disk again."""
+    _load.cache_clear()
+
+
 @functools.lru_cache(maxsize=2)
 def _load(model: str, pretrained: str, device: torch.device, precision: torch.dtype) -> FrozenClip:
     weights = find_weights(model, pretrained)

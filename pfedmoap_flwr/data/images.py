@@ -54,13 +54,13 @@ def load_images(data: ImageSettings | str) -> ImageData:
     if isinstance(data, str):
         data = ImageSettings(name=data)
     # Without a subclass's other fields: settings that differ in them alone share their images
-    return _load(
+    return _kept(
         ImageSettings(**{name: getattr(data, name) for name in ImageSettings.model_fields})
     )
 
 
-@functools.lru_cache(maxsize=2)
-def _load(data: ImageSettings) -> ImageData:
+def load_anew(data: ImageSettings) -> ImageData:
+    """Load a data set as `load_images` does, even where this process holds it already."""
     source = find_source(data.name)
     if data.classnames and source.name != FOLDER:
         raise UsageError(
@@ -97,6 +97,9 @@ def _load(data: ImageSettings) -> ImageData:
             "broken": skipped,
         },
     )
+
+
+_kept = functools.lru_cache(maxsize=2)(load_anew)
 
 
 def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dataset], Source, str]:

@@ -150,12 +150,12 @@ def run_in_process(settings: Settings) -> None:
 
 def serve_in_process(grid: InProcessGrid, run_config: dict[str, Value]) -> None:
     """Run the ServerApp over a grid of this process."""
-    allow_messages()
+    identify()
     server_app(grid, make_context(0, {}, run_config))
 
 
-def allow_messages() -> None:
-    """Let this process make messages: they ask for an identity that Flower gives its processes."""
+def identify() -> None:
+    """Set what Message() asks for, as Flower does in the processes that it starts."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
 
 

@@ -28,7 +28,7 @@ from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import Value
 from pfedmoap_flwr.training import local, stacked
 from pfedmoap_flwr.training.exchange import make_work
-from pfedmoap_flwr.training.node import Node, node_of
+from pfedmoap_flwr.training.node import Node, forget_nodes, node_of
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
 RUN_ID = re.compile("[0-9a-f]{32}")
@@ -243,6 +243,12 @@ def _shared(
         settings.clip, settings.data, settings.seed, settings.device, kind.reading, folder, owner
     )
     return settings, node, kind(settings, settings.own, node.clip, node.federated.task)
+
+
+def forget_runs() -> None:
+    """Free what the messages of a run have in common; the next message puts it together anew."""
+    _shared.cache_clear()
+    forget_nodes()
 
 
 def _state_folder(settings: Settings, context: Context) -> Path:

@@ -58,7 +58,7 @@ def print_partition(
     headers = [escape(name) for name in images.classnames]
     rows = [[str(count) if count else "." for count in of_client] for of_client in counts]
     table = _table(title, headers, rows, clients)
-    if _narrowest(table, console) > console.width:
+    if narrowest(table, console) > console.width:
         rows = [_largest(of_client, images.classnames) for of_client in counts]
         table = _table(title, ["classes", "largest"], rows, clients)
     console.print(table)
@@ -80,7 +80,7 @@ def _table(
     return table
 
 
-def _narrowest(table: Table, console: Console) -> int:
+def narrowest(table: Table, console: Console) -> int:
     """Return the width that a table needs so that no word is broken, however wide the console."""
     return console.measure(table, options=console.options.update(max_width=WIDE**2)).minimum
 

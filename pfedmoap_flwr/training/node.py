@@ -80,6 +80,11 @@ def node_of(
         return _node(clip, data, seed, device, reading, folder, client_id if folder else None)
 
 
+def forget_nodes() -> None:
+    """Free the nodes of this process; the next `node_of` makes one anew."""
+    _node.cache_clear()
+
+
 @functools.lru_cache(maxsize=4)
 def _node(
     clip: ClipSettings,

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, make_method, tensor_files
+from support.federation import assert_same, make_method, tensor_files
 
 from pfedmoap_flwr import api
 from pfedmoap_flwr.config import ServerSettings
-from pfedmoap_flwr.engines.in_process import allow_messages
+from pfedmoap_flwr.engines.in_process import identify
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.rules import FLOWERS, FlowerRule, replace_mean
 from pfedmoap_flwr.methods.base import ServerState, Upload, average
@@ -21,7 +21,7 @@ Federate = Callable[..., RunFolder]
 
 @pytest.fixture(autouse=True)
 def _messages() -> None:
-    allow_messages()
+    identify()
 
 
 SIZES = {0: 3, 1: 1, 2: 4, 3: 2, 4: 5, 5: 1}

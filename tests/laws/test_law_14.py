@@ -7,25 +7,23 @@ A method that cannot be stacked trains one by one, by itself and with the same n
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, make_method, make_work, rounds, tensor_files
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoap_flwr import api, methods
+from pfedmoap_flwr import api
 from pfedmoap_flwr.engines.in_process import Workers
 from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.methods.base import Head, Method, Split, Work
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import capacity, local, stacked
+from support.federation import Federate, assert_same, make_method, make_work, rounds, tensor_files
+from support.laws import every_method
 
-Federate = Callable[..., RunFolder]
-every_method = pytest.mark.parametrize("method", methods.names())
 SIZES = (20, 9, 24, 8, 3)  # batches of 8: whole ones, a rest, less than one
 SHAPES = {"features": (64,), "tokens": (5, 64), "pixels": (3, 16, 16)}
 # What must be stacked, or a GPU would be idle; others may fall back

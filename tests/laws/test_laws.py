@@ -12,13 +12,11 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, Exchange, assert_same, make_method, make_work, rounds
 from flwr.app import Array
 from pydantic.fields import FieldInfo
 from torch import Tensor
@@ -29,16 +27,26 @@ from pfedmoap_flwr.clip.features import read_images
 from pfedmoap_flwr.data import federated as federated_module
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.data.partition import partition
-from pfedmoap_flwr.federation import client, messages
+from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.methods.base import Head, Method, Split, Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import choices
-from pfedmoap_flwr.training import local, node
+from pfedmoap_flwr.training import local
+from support import ROOT
+from support.federation import (
+    Exchange,
+    Federate,
+    assert_same,
+    forget_data,
+    make_method,
+    make_work,
+    rounds,
+)
+from support.laws import every_method
+from support.tiny import NUM_CLIENTS, TINY
 
-Federate = Callable[..., RunFolder]
-every_method = pytest.mark.parametrize("method", methods.names())
 SHORT = {"local_epochs": 1, "batch_size": 16}
 
 
@@ -139,7 +147,7 @@ def test_2_seed_client_and_round_decide_the_order_of_images() -> None:
 def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
     federate(method=method, **SHORT)
     used = make_method(method).clip
-    load._load.cache_clear()
+    load.forget_clip()
     untouched = make_method(method).clip
     assert untouched is not used
     # A twin has no fingerprint yet, so it is computed from the weights as they are now
@@ -149,13 +157,6 @@ def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
 
 
 # Law 8
-
-
-def forget_data() -> None:
-    """Divide the images anew: they are kept for all runs of a process."""
-    federated_module.federated.cache_clear()
-    node._node.cache_clear()
-    client._shared.cache_clear()
 
 
 @pytest.fixture
@@ -348,7 +349,7 @@ def overfitting(method: str) -> dict[str, Any]:
 
     A method that holds its clients back, as by a pull, must be let go for it.
     """
-    path = Path(__file__).parents[1] / "paper" / f"test_{method}.py"
+    path = ROOT / "tests" / "paper" / f"test_{method}.py"
     source = path.read_text() if path.is_file() else ""
     found = re.search(r"^OVERFITTING = (.*)$", source, flags=re.MULTILINE)
     return dict(ast.literal_eval(found[1])) if found else {}

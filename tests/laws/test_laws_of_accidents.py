@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, rounds, tensor_files
 from flwr.app import Message
 from torch import Tensor
 
-from pfedmoap_flwr import api, methods
+from pfedmoap_flwr import api
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
 from pfedmoap_flwr.federation.strategy import PromptStrategy
@@ -20,10 +19,10 @@ from pfedmoap_flwr.methods.base import Method, ServerState, Work
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
+from support.federation import Federate, assert_same, rounds, tensor_files
+from support.laws import every_method
 
-Federate = Callable[..., RunFolder]
 Kill = Callable[[pytest.MonkeyPatch, int], None]
-every_method = pytest.mark.parametrize("method", methods.names())
 SHORT = {"local_epochs": 1, "batch_size": 16}
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method
+from support.federation import Exchange, make_method
+from support.tiny import NUM_CLIENTS
 from torch import Tensor, nn
 
 from pfedmoap_flwr.federation import client

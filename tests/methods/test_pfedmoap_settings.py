@@ -1,19 +1,16 @@
 """pFedMoAP's schedules, and every kind of prompt and gate, from end to end."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method
 
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
-
-Federate = Callable[..., RunFolder]
+from support.federation import Exchange, Federate, make_method
+from support.tiny import NUM_CLIENTS
 
 
 def trained(wire: list[Exchange]) -> list[Exchange]:

@@ -1,19 +1,18 @@
 """FedAMP's cloud prompts and client step, against public code and the paper's formula."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method
-from oracle import numbers, oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import ServerState, Upload
 from pfedmoap_flwr.methods.fedamp import cloud, mix
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
+from support.federation import Exchange, Federate, make_method
+from support.oracle import numbers, oracle
+from support.tiny import NUM_CLIENTS
 
 VECTOR = oracle("fedamp_cloud")
 
@@ -103,7 +102,7 @@ def test_a_client_alone_keeps_its_prompt() -> None:
 
 
 def test_9_listening_to_nobody_it_is_local_training(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
+    federate: Federate, wire: list[Exchange]
 ) -> None:
     neutral = {"fedamp.alpha-k": 0.0, "fedamp.lambda": 0.0}
     ours = federate("ours", method="fedamp", flat=neutral, num_server_rounds=3)

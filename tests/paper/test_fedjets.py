@@ -1,10 +1,11 @@
 """FedJETs: experts on the server, a subset for each client, a gate that says which."""
 
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Split, Upload
+from support.federation import Exchange, make_method, make_work
+from support.tiny import NUM_CLIENTS
 
 
 def test_training_mixes_the_experts_that_came_by_the_gate() -> None:

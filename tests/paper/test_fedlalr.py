@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_method, make_work
-from oracle import numbers, oracle
 from torch import Tensor
 
 from pfedmoap_flwr.methods.base import ServerState, Split, Tensors, Upload
 from pfedmoap_flwr.methods.fedlalr import AMSGrad
 from pfedmoap_flwr.training import local
+from support.federation import make_method, make_work
+from support.oracle import numbers, oracle
 
 VECTOR = oracle("fedlalr_amsgrad")
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method
-from oracle import numbers, oracle
 from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.parts.sinkhorn import transport_plan
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, make_method
+from support.oracle import numbers, oracle
+from support.tiny import NUM_CLIENTS
 
 VECTOR = oracle("fedotp_plan")
 # The first two cases stop early by the released rule, which reads the whole batch; ours converges

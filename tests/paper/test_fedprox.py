@@ -1,13 +1,10 @@
 """FedProx: loss = CE + mu/2 ||P - P_g||^2, with the gradient of both terms."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import make_method, tensor_files
 from torch.nn import functional as F
 
-from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Federate, make_method, tensor_files
 
 OVERFITTING = {"fedprox.mu": 0.01}
 
@@ -30,7 +27,7 @@ def test_the_loss_and_its_gradient_are_the_formulas(mu: float) -> None:
     torch.testing.assert_close(gradient, plain_gradient + mu * apart)
 
 
-def test_9_without_the_pull_it_is_promptfl(federate: Callable[..., RunFolder]) -> None:
+def test_9_without_the_pull_it_is_promptfl(federate: Federate) -> None:
     options = {"num_server_rounds": 3, "fraction_train": 0.75}
     ours = federate("ours/run", method="fedprox", flat={"fedprox.mu": 0.0}, **options)
     theirs = federate("theirs/run", method="promptfl", **options)

@@ -1,12 +1,10 @@
 """pFedMoAP end to end: who gets which experts, what stays where, what is evaluated."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,8 +18,8 @@ from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.node import node_of
-
-Federate = Callable[..., RunFolder]
+from support.federation import Exchange, Federate, make_method, make_work
+from support.tiny import NUM_CLIENTS, TINY
 
 
 def kept_head(run: RunFolder, client: int, server_round: int) -> dict[str, Tensor]:

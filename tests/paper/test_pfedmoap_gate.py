@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_method, make_work
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +17,7 @@ from pfedmoap_flwr.methods.parts.gate import AttentionGate
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAP, PFedMoAPHead
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.training import local
+from support.federation import make_method, make_work
 
 Array = NDArray[np.float64]
 

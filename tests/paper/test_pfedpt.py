@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from conftest import Exchange, make_method, make_work, rounds
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.training import local
+from support.federation import Exchange, make_method, make_work, rounds
 
 
 def test_logits_are_those_of_open_clip_on_framed_pixels() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Exchange, tensor_files
 from torch import Tensor
 
 from pfedmoap_flwr import api
@@ -18,8 +17,9 @@ from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 from pfedmoap_flwr.runs.heads import KeptHeads
+from support.federation import Exchange, Federate, tensor_files
+from support.tiny import TINY
 
-Federate = Callable[..., RunFolder]
 SHORT = {"local_epochs": 1, "batch_size": 16}
 
 

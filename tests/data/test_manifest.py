@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, forget_data
-from tables import even_table
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.federated import Federated, federated
-from pfedmoap_flwr.data.images import ImageData, _load, load_images
+from pfedmoap_flwr.data.images import ImageData, load_anew, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
     DataSettings,
@@ -26,10 +23,11 @@ from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import server
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import node
+from support.federation import Federate, forget_data
+from support.tables import even_table
+from support.tiny import TINY
 
-Federate = Callable[..., RunFolder]
 IMAGES = even_table()
 # Whoever changes one of these changes everybody's results
 GOLDEN = {
@@ -58,7 +56,7 @@ PUBLISHED_FOUR_SHOTS = {
 def emoji(monkeypatch: pytest.MonkeyPatch) -> ImageData:
     """The real emoji-domains, not the tests'."""
     monkeypatch.delenv("PFEDMOAP_ASSETS")
-    return _load.__wrapped__(ImageSettings())
+    return load_anew(ImageSettings())
 
 
 def digest_of_rows(clients: list[ClientRows]) -> str:

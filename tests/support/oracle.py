@@ -1,17 +1,18 @@
 """Vectors computed from the methods' public code: inputs and outputs, numbers alone."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from support import ROOT
+
 
 def oracle(name: str) -> dict[str, Any]:
     """Return one file of oracles/; it says itself which code, commit and lines it comes from."""
     said: dict[str, Any] = json.loads(
-        (Path(__file__).parent / "oracles" / f"{name}.json").read_text()
+        (ROOT / "tests" / "paper" / "oracles" / f"{name}.json").read_text()
     )
     return said
 

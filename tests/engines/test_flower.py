@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NUM_CLIENTS, TINY
-from deployment import (
+
+from pfedmoap_flwr.engines.simulation import free_port
+from pfedmoap_flwr.runs.folder import RunFolder
+from support.deployment import (
     APP,
     POLL_SECONDS,
     RUN_SECONDS,
@@ -20,9 +21,8 @@ from deployment import (
     losses,
     processes,
 )
-
-from pfedmoap_flwr.engines.simulation import free_port
-from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Federate
+from support.tiny import NUM_CLIENTS, TINY
 
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
 RAY = [*PFEDMOAP, "run", "--engine", "ray"]
@@ -119,9 +119,7 @@ def test_failing_clients_are_shown_and_the_command_fails(tmp_path: Path) -> None
     assert "pfedmoap: the run failed" in done.stderr
 
 
-def test_ctrl_c_ends_everything_and_the_run_goes_on(
-    tmp_path: Path, federate: Callable[..., RunFolder]
-) -> None:
+def test_ctrl_c_ends_everything_and_the_run_goes_on(tmp_path: Path, federate: Federate) -> None:
     folder = RunFolder(tmp_path / "run")
     endless = words({**TINY, "num-server-rounds": 10_000}, folder.path)
     with processes(tmp_path) as started:

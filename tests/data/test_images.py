@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import forget_data
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +21,12 @@ from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.data import SPLITS, federated
-from pfedmoap_flwr.data.images import ImageData, _load, duplicates
+from pfedmoap_flwr.data.images import ImageData, duplicates, load_anew
 from pfedmoap_flwr.data.partition import ClientRows, partition
 from pfedmoap_flwr.data.partitioners import CUTS
 from pfedmoap_flwr.data.settings import DataSettings, ImageSettings
 from pfedmoap_flwr.training.node import node_of
+from support.federation import forget_data
 
 CLIP = ClipSettings(model="tiny", pretrained="tiny")
 CLASSES, DOMAINS = 6, 3
@@ -195,4 +195,4 @@ def test_splits_that_share_images_are_found_by_content(images: ImageData) -> Non
 def test_the_embedded_data_set_shares_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Fluent draws a black medium square in test as it draws a white square button in training
     monkeypatch.delenv("PFEDMOAP_ASSETS")
-    assert duplicates(_load.__wrapped__(ImageSettings())) == {("train", "test"): 1}
+    assert duplicates(load_anew(ImageSettings())) == {("train", "test"): 1}

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import TINY
-from copies import write_tree
-from deployment import processes, wait_for_port
-
 from pfedmoap_flwr.engines.simulation import free_port
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.copies import write_tree
+from support.deployment import processes, wait_for_port
+from support.tiny import TINY
 
 SETTINGS: dict[str, Any] = {
     **TINY,

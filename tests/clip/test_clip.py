@@ -6,8 +6,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import frozen_clip
-from models import MADE, make, whole
 from open_clip import pretrained
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +16,8 @@ from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.errors import UsageError
+from support.models import MADE, make, whole
+from support.tiny import frozen_clip
 
 
 @pytest.fixture(scope="module")

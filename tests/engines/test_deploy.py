@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
-from deployment import Processes, accuracies, losses, processes, stop, wait_for_port
 from safetensors.torch import load_file
 
 from pfedmoap_flwr import config
@@ -16,6 +14,8 @@ from pfedmoap_flwr.engines.simulation import free_port
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.record import Round
+from support.deployment import Processes, accuracies, losses, processes, stop, wait_for_port
+from support.tiny import TINY
 
 CLIENTS = 2
 SETTINGS: dict[str, Any] = {

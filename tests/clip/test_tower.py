@@ -7,8 +7,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import frozen_clip
-from models import MADE, VIT, make, whole
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
@@ -17,6 +15,8 @@ from pfedmoap_flwr.clip import load
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.errors import UsageError
+from support.models import MADE, VIT, make, whole
+from support.tiny import frozen_clip
 
 # Three blocks, and weights that tell one token from another
 DEEP = {**MADE["vit"], "vision_cfg": {**VIT, "layers": 3}}
@@ -198,7 +198,7 @@ def test_the_tower_is_loaded_when_asked_for_and_once(
     monkeypatch.setattr(
         load, "load_full_model", lambda *args: loaded.append(args) or original(*args)
     )
-    load._load.cache_clear()
+    load.forget_clip()
     clip = frozen_clip()
     assert loaded == []
     assert clip.tower is clip.tower

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, forget_data
-from copies import write_tree
 
 from pfedmoap_flwr.clip.features import Reading, read_images
 from pfedmoap_flwr.clip.settings import ClipSettings
@@ -22,6 +20,9 @@ from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.training import node as node_module
 from pfedmoap_flwr.training.node import Node, node_of
+from support.copies import write_tree
+from support.federation import forget_data
+from support.tiny import NUM_CLIENTS
 
 DATA = DataSettings(num_clients=NUM_CLIENTS, alpha=5.0)
 CLIP = ClipSettings(model="tiny", pretrained="tiny")

@@ -10,7 +10,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from copies import (
+
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source, find_source
+from pfedmoap_flwr.data.holdout import holdout
+from pfedmoap_flwr.data.images import ImageData, load_images
+from pfedmoap_flwr.data.labels import join
+from pfedmoap_flwr.data.settings import ImageSettings
+from pfedmoap_flwr.errors import UsageError
+from support import ROOT
+from support.copies import (
     DOMAINS,
     ON_HUB,
     PER_CLASS,
@@ -21,14 +30,6 @@ from copies import (
     write_parquet,
     write_tree,
 )
-
-from pfedmoap_flwr.data import SPLITS
-from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER, Source, find_source
-from pfedmoap_flwr.data.holdout import holdout
-from pfedmoap_flwr.data.images import ImageData, load_images
-from pfedmoap_flwr.data.labels import join
-from pfedmoap_flwr.data.settings import ImageSettings
-from pfedmoap_flwr.errors import UsageError
 
 PAPER = {
     "flowers102": 102,
@@ -82,7 +83,7 @@ def test_all_are_there() -> None:
 
 
 def test_the_docs_say_what_the_catalogue_says() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    text = (ROOT / "docs" / "data.md").read_text()
     for source in CATALOGUE.values():
         if source.name in (FOLDER, BUNDLED):
             continue

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import frozen_clip
-from models import make
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +30,8 @@ from pfedmoap_flwr.clip.features import (
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.errors import UsageError
+from support.models import make
+from support.tiny import frozen_clip
 
 FEATURES, TOKENS, PIXELS = Reading(), Reading("tokens"), Reading("pixels")
 
@@ -263,7 +262,7 @@ def test_the_tower_is_freed_and_never_loaded_again(
     assert all(word in ended for word in ("5 images", "MB kept in", "free again"))
     monkeypatch.setattr("pfedmoap_flwr.clip.load.load_full_model", None)
     monkeypatch.setattr("pfedmoap_flwr.clip.weights.load_full_model", None)
-    load._load.cache_clear()
+    load.forget_clip()
     fresh = frozen_clip()
     assert torch.equal(first, read_images(fresh, pictures(), FEATURES))
     assert len(towers) == 1
@@ -344,14 +343,14 @@ def test_whatever_else_is_asked_for_is_computed_anew(
 def _read_elsewhere(cache: str) -> tuple[np.ndarray, int]:
     os.environ["PFEDMOAP_CACHE"] = cache
     computed = []
-    original = features._blocks
+    encode_image = features.encode_image
 
-    def counting(*args: Any) -> Iterator[Tensor]:
+    def counting(*args: Any) -> Tensor:
         computed.append(1)
         time.sleep(0.2)
-        return original(*args)
+        return encode_image(*args)
 
-    features._blocks = counting
+    features.encode_image = counting
     read = read_images(frozen_clip(), pictures(), FEATURES)
     return read.numpy().copy(), len(computed)
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import event, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tables import even_table, table
 
 from pfedmoap_flwr import config
 from pfedmoap_flwr.data import SPLITS
@@ -23,6 +22,7 @@ from pfedmoap_flwr.data.partition import (
 )
 from pfedmoap_flwr.data.partitioners import CUTS, evenly, nearest
 from pfedmoap_flwr.errors import UsageError
+from support.tables import even_table, table
 
 PARTITIONS = list(CUTS)
 BY_DOMAIN = {"dirichlet-domain", "natural"}  # whose shares are those of a class within a domain

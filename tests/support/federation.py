@@ -1,0 +1,112 @@
+"""Methods, works and whole federations in one process, and what a run left behind."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from pfedmoap_flwr import config, methods
+from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.data.federated import Task, federated
+from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
+from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.federation.client import forget_runs
+from pfedmoap_flwr.methods.base import Head, Method, Split, Work
+from pfedmoap_flwr.runs.folder import RunFolder
+from support.tiny import CLASSNAMES, TINY
+
+Federate = Callable[..., RunFolder]
+"""The fixture `federate`: a run's name and its changes to the tiny settings -> its folder."""
+
+
+def forget_data() -> None:
+    """Let data sets be divided and read anew, as in a fresh process."""
+    federated.cache_clear()
+    forget_runs()
+
+
+def make_method(name: str, **changes: Any) -> Method[Any, Any]:
+    """A method with the tiny settings, the tiny CLIP and the tiny data set's classes."""
+    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    settings = config.parse({**TINY, "method": name, **changes})
+    clip = load_clip(settings.clip, "cpu")
+    task = Task(tuple(CLASSNAMES), "a drawing of {}.")
+    return methods.load(name)(settings, settings.own, clip, task)
+
+
+def make_work(
+    method: Method[Any, Any],
+    head: Head,
+    images: Split | None = None,
+    received: Mapping[str, Tensor] | None = None,
+    client_id: int = 0,
+    server_round: int = 1,
+) -> Work[Any]:
+    """What lies before a client that has these training images alone."""
+    images = images or Split(torch.zeros(0, 64), torch.zeros(0, dtype=torch.long))
+    work = Work(client_id, server_round, head, lambda name: images, received or {})
+    method.prepare(work)
+    return work
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A message, its answer, and copies of the arrays that went down and up."""
+
+    kind: str
+    round: int
+    client: int
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+    message: Message
+    reply: Message
+
+
+def recording(exchanges: list[Exchange]) -> type[InProcessGrid]:
+    """A grid that writes down all that travels after the introductions, in order."""
+
+    class RecordingGrid(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = []
+            for message in messages:
+                ids += super().push_messages([message])
+                if "arrays" in message.content:
+                    exchanges.append(_exchange(message, self.replies[ids[-1]]))
+            return ids
+
+    return RecordingGrid
+
+
+def _exchange(message: Message, reply: Message) -> Exchange:
+    up = reply.content.get("arrays") if reply.has_content() else None
+    return Exchange(
+        kind=message.metadata.message_type,
+        round=int(message.content["config"]["round"]),
+        client=message.metadata.dst_node_id - FIRST_NODE_ID,
+        down=messages.to_tensors(message.content["arrays"]),
+        up={} if up is None else messages.to_tensors(up),
+        message=message,
+        reply=reply,
+    )
+
+
+def rounds(run: RunFolder) -> list[dict[str, Any]]:
+    """Return what rounds.jsonl says, apart from the time it took."""
+    return [{**asdict(record), "seconds": None} for record in run.rounds()]
+
+
+def tensor_files(run: RunFolder) -> dict[str, bytes]:
+    """Return the checkpoint and every kept head, byte for byte; a run's id is its own."""
+    files = sorted(run.path.rglob("*.safetensors"))
+    names = [str(path.relative_to(run.path)).replace(run.run_id, "RUN") for path in files]
+    return {name: path.read_bytes() for name, path in zip(names, files, strict=True)}
+
+
+def assert_same(run: RunFolder, other: RunFolder) -> None:
+    """Two runs left the same bytes and the same numbers."""
+    assert rounds(run) == rounds(other)
+    assert tensor_files(run) == tensor_files(other)
+    assert (run.path / "clients.csv").read_text() == (other.path / "clients.csv").read_text()
