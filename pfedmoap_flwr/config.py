@@ -39,7 +39,7 @@ from pfedmoap_flwr.settings import (
 )
 
 FLOWER_TABLE = "tool.flwr.app.config"
-# What a run is comes before how it computes; the other general keys follow as they are declared
+# These keys come first wherever settings are listed; the others follow as they are declared
 FIRST = ("method", "seed", "compat", "num-server-rounds", "local-epochs", "fraction-train")
 T = TypeVar("T")
 
@@ -122,8 +122,8 @@ def parse(flat: Mapping[str, Value]) -> Settings:
     Raises UsageError naming the key for an unknown key, a wrong type, an impossible value.
     """
     if not all(isinstance(value, Value) for value in flat.values()):
-        return _parse(flat)  # refuses it: a file's list or date is no setting, nor can it be hashed
-    # With its type, or the cache would take true for a 1 that it has seen
+        return _parse(flat)  # raises: a list or a date of a file is no setting (nor hashable)
+    # With its type: True equals 1, and the cache would return the settings of the other one
     return _parse_once(tuple((key, type(value), value) for key, value in flat.items()))
 
 

@@ -19,7 +19,7 @@ from pfedmoap_flwr.settings import Value
 
 @dataclass(frozen=True)
 class Row:
-    """What a method sends a client that has taken part before, gets back, and leaves with it."""
+    """What a method sends to a client after its first round, gets back, and leaves there."""
 
     name: str
     down: int

@@ -113,7 +113,7 @@ def _reply(old: Mapping[str, Tensor], upload: Upload) -> Message:
 
 
 def _remind(rule: Any, old: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
-    """Give a fresh strategy what it knew after the last round."""
+    """Give a fresh strategy the moments that the last round left in the server's state."""
     if isinstance(rule, strategy.FedAvgM):
         rule.current_arrays = to_arrays(old)
         if all(_key("momentum", name) in extra for name in old):
@@ -126,7 +126,7 @@ def _remind(rule: Any, old: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -
 
 
 def _memory(rule: Any, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a strategy knows after a round."""
+    """Return the moments of a strategy after a round, for the server's state."""
     known: dict[str, Mapping[str, Any]] = {
         moment: getattr(rule, moment, None) or {} for moment in MOMENTS
     }

@@ -64,7 +64,8 @@ def _run(grid: Grid, settings: Settings, state: ServerState | None, folder: RunF
             clients,
             clients,
         )
-    # The one that clients of this process use; a server without a GPU serves clients with one
+    # In one process the same object as the clients'. "auto" where they want CUDA: a server without
+    # a GPU can serve clients that have one.
     clip = load_clip(settings.clip, "cpu" if settings.device == "cpu" else "auto")
     method = methods.load(settings.method)(settings, settings.own, clip, cards[0].task)
     if settings.server.rule != "average":
@@ -77,7 +78,7 @@ def _run(grid: Grid, settings: Settings, state: ServerState | None, folder: RunF
 def _save_partition(settings: Settings, cards: Sequence[Card], folder: RunFolder) -> None:
     """Write down who holds what, if this machine can tell: nodes may have images of their own.
 
-    A server of a deployment, which no `pfedmoap run` gave a run folder, fetches nothing for it.
+    The server of a deployment (no run-dir is set) downloads no data set for it.
     """
     data = settings.data
     if not (data.name == BUNDLED or data.path or settings.run_dir):

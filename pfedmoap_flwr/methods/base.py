@@ -80,8 +80,8 @@ class Head(nn.Module):
     """What is read of images (B, ...) -> logits (B, C).
 
     Parameters are learned, and travel unless they are personal. Buffers stay at the client. A plain
-    attribute must be the same for all clients: nobody keeps it, and stacked heads share the first
-    one's.
+    attribute must be the same for all clients: it is not saved, and stacked heads all use that of
+    the first one.
     """
 
     def __init__(self, method: Method[Any, Any]) -> None:
@@ -172,7 +172,7 @@ H = TypeVar("H", bound=Head, default=PromptHead)
 
 @dataclass(frozen=True, eq=False)
 class Work(Generic[H]):
-    """What lies before a client when a message came.
+    """What the hooks of a client get when a message came.
 
     head: has what the client kept and what it received. received: on the head's device.
     split: the client's images by the name of a split, read when they are asked for.
@@ -199,7 +199,7 @@ class Method(Generic[S, H]):
     """One federated method: subclasses override what differs from PromptFL, and nothing else.
 
     S is the type of the method's own settings, H that of its head. A method object is made on the
-    server and on every client; it knows the frozen CLIP and the classes, and it remembers nothing.
+    server and on every client; it knows the frozen CLIP and the classes, and keeps no state.
 
     section: the class of its own settings; their keys begin with the method's name.
     head: the class of its head. reading: what the head gets of an image.
@@ -283,7 +283,7 @@ class Method(Generic[S, H]):
         return {}
 
     def adapt(self, work: Work[H]) -> None:
-        """Make a head the client's own before it is measured as personal."""
+        """Adapt a head to its client before it is measured as personal, as by fine-tuning."""
 
     def is_personal(self, name: str) -> bool:
         """Tell whether a parameter never leaves its client."""

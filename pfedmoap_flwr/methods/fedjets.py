@@ -1,6 +1,6 @@
 """FedJETs (Dun et al., arXiv 2306.08586): the server's experts, a few of them for each client.
 
-An expert is a prompt, and the common expert that the gate asks is the frozen image feature:
+An expert is a prompt. What the gate reads, the paper's common expert, is the frozen image feature:
 
     p(y | x) over the K experts that came: logits = SUM_k softmax(s gate x)_k logits_k
 
