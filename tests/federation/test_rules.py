@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.federation import assert_same, make_method, tensor_files
 
 from pfedmoap_flwr import api
 from pfedmoap_flwr.config import ServerSettings
@@ -15,6 +14,7 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.rules import FLOWERS, FlowerRule, replace_mean
 from pfedmoap_flwr.methods.base import ServerState, Upload, average
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import assert_same, make_method, tensor_files
 
 Federate = Callable[..., RunFolder]
 

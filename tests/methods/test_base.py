@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.federation import Exchange, make_method
-from support.tiny import NUM_CLIENTS
 from torch import Tensor, nn
 
 from pfedmoap_flwr.federation import client
@@ -15,6 +13,8 @@ from pfedmoap_flwr.methods.base import Method, ServerState, Split, Upload, Work,
 from pfedmoap_flwr.methods.promptfl import PromptFL
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training.node import Node
+from support.federation import Exchange, make_method
+from support.tiny import NUM_CLIENTS
 
 Federate = Callable[..., RunFolder]
 
