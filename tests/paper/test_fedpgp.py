@@ -6,12 +6,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, rounds
 from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.fedpgp import contrast
 from pfedmoap_flwr.runs import checkpoint

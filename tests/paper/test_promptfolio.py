@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method, rounds
 from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from conftest import NUM_CLIENTS, Exchange, make_method, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
