@@ -80,7 +80,8 @@ def test_14_stacked_heads_train_as_each_alone(method: str, compat: str) -> None:
     made = make_method(method, compat=compat, lr=0.02, local_epochs=3)
     alone, joint = (made_works(made) for _ in range(2))
     start = [work.head.state() for work in alone]
-    losses, joint_losses = {}, {}
+    losses: dict[int, float | None] = {}
+    joint_losses: dict[int, float | None] = {}
     for work in alone:
         losses |= local.train(made, [work])
     groups = alike(made, joint)
@@ -134,11 +135,11 @@ def test_14_a_loss_that_writes_into_a_buffer_is_refused() -> None:
     for work in works:
         work.head.register_buffer("count", torch.zeros(()))
 
-    def counting(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
-        head.count += 1  # type: ignore[operator]
+    def counting(head: Any, features: Tensor, labels: Tensor, received: Any) -> Tensor:
+        head.count += 1
         return F.cross_entropy(head(features), labels)
 
-    method.loss = counting  # type: ignore[assignment]
+    method.loss = counting  # type: ignore[method-assign]
     refused(method, works, "writes into a buffer")
 
 
@@ -155,7 +156,7 @@ def test_14_a_loss_that_counts_the_rows_which_fill_up_a_batch_is_refused() -> No
     def small_term(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
         return F.cross_entropy(head(features), labels) + 0.01 * features.square().mean()
 
-    method.loss = small_term  # type: ignore[assignment]
+    method.loss = small_term  # type: ignore[method-assign]
     refused(method, made_works(method), "not each one's own")
 
 
@@ -167,7 +168,7 @@ def test_14_heads_with_other_phases_are_not_alike() -> None:
     def schedule(head: Head, epochs: int) -> Any:
         return [(epochs, ("ctx",))] if head is one.head else [(1, ("ctx",)), (epochs, ("ctx",))]
 
-    method.schedule = schedule  # type: ignore[assignment]
+    method.schedule = schedule  # type: ignore[method-assign]
     assert stacked.likeness(method, one) != stacked.likeness(method, other)
 
 
