@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -15,9 +15,11 @@ from pfedmoap_flwr.clip.load import resolve_device
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.data.federated import federated
+from pfedmoap_flwr.engines import Engine
 from pfedmoap_flwr.engines.in_process import run_in_process
 from pfedmoap_flwr.engines.simulation import simulate
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.methods import RIVALS
 from pfedmoap_flwr.runs.folder import (
     RunFolder,
     check_same,
@@ -27,9 +29,6 @@ from pfedmoap_flwr.runs.folder import (
 )
 from pfedmoap_flwr.runs.record import Round
 from pfedmoap_flwr.settings import Value, flatten, key_of
-
-Engine = Literal["in-process", "ray"]
-RIVALS = ("pfedmoap", "promptfl", "coop", "zeroshot")
 
 
 @dataclass(frozen=True)

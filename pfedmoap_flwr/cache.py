@@ -86,7 +86,7 @@ def _map(path: Path, name: str, rows: int, step: int) -> tuple[np.memmap | None,
 
 
 def _checksum(name: str, array: np.ndarray, block: np.ndarray) -> int:
-    # Neither another array's file nor another header passes
+    # Name, shape and dtype are part of it: a renamed file or a damaged header does not pass
     seed = zlib.crc32(f"{name} {array.shape} {array.dtype.str}".encode())
     return zlib.crc32(np.ascontiguousarray(block).data, seed)
 
@@ -109,7 +109,7 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
             with _blaming(path.parent):
                 move(part, path)
     except UsageError:
-        part.unlink(missing_ok=True)  # a full disk is not kept full
+        part.unlink(missing_ok=True)  # what is left of it would keep a full disk full
         raise
 
 
@@ -125,7 +125,7 @@ def _lay_out(file: FileIO, shape: tuple[int, ...], dtype: np.dtype, step: int) -
 def _put(
     file: FileIO, array: np.memmap, block: np.ndarray, start: int, step: int, checksum: int
 ) -> None:
-    # Not through the map: on a full disk that ends the process, where a write says so
+    # Not through the memory map: on a full disk that kills the process, a write raises OSError
     _write_at(file, array.offset + start * array.strides[0], np.ascontiguousarray(block).tobytes())
     place = array.offset + array.nbytes + start // step * CHECKSUM.itemsize
     _write_at(file, place, np.array(checksum, CHECKSUM).tobytes())
@@ -157,7 +157,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blaming(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
+    """Turn an OSError into a UsageError of one line that names the folder."""
     try:
         yield
     except OSError as error:

@@ -39,9 +39,31 @@ from pfedmoap_flwr.settings import (
 )
 
 FLOWER_TABLE = "tool.flwr.app.config"
-# What a run is comes before how it computes; the other general keys follow as they are declared
+# These keys come first wherever settings are listed; the others follow as they are declared
 FIRST = ("method", "seed", "compat", "num-server-rounds", "local-epochs", "fraction-train")
 T = TypeVar("T")
+
+
+class ServerSettings(Section):
+    """How the server combines what clients upload, for methods that take its mean."""
+
+    rule: Literal[
+        "average",
+        "fedavgm",
+        "fedadagrad",
+        "fedadam",
+        "fedyogi",
+        "fedmedian",
+        "fedtrimmedavg",
+        "krum",
+        "multikrum",
+        "bulyan",
+    ] = setting("average", "of the shared tensors; all but average are Flower's own")
+    lr: float = setting(0.0, "learning rate of fedavgm to fedyogi; 0: Flower's own", low=0)
+    momentum: float = setting(0.9, "fedavgm's", low=0, high=1)
+    trim: float = setting(0.2, "share cut off at each end by fedtrimmedavg", low=0, high=0.5)
+    malicious: int = setting(0, "clients that krum, multikrum and bulyan reckon with", low=0)
+    selected: int = setting(1, "clients that multikrum averages", low=1)
 
 
 class Settings(LearningSettings):
@@ -61,6 +83,7 @@ class Settings(LearningSettings):
     resume: str = setting("", "results folder of a run to continue")
     clip: ClipSettings = ClipSettings()
     data: DataSettings = DataSettings()
+    server: ServerSettings = ServerSettings()
     tables: Mapping[str, Section] = Field(
         default_factory=lambda values: {values["method"]: methods.load(values["method"]).section()},
         exclude=True,
@@ -99,8 +122,8 @@ def parse(flat: Mapping[str, Value]) -> Settings:
     Raises UsageError naming the key for an unknown key, a wrong type, an impossible value.
     """
     if not all(isinstance(value, Value) for value in flat.values()):
-        return _parse(flat)  # refuses it: a file's list or date is no setting, nor can it be hashed
-    # With its type, or the cache would take true for a 1 that it has seen
+        return _parse(flat)  # raises: a list or a date of a file is no setting (nor hashable)
+    # With its type: True equals 1, and the cache would return the settings of the other one
     return _parse_once(tuple((key, type(value), value) for key, value in flat.items()))
 
 

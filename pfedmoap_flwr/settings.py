@@ -34,8 +34,8 @@ def key_of(field_name: str) -> str:
 class Section(BaseModel):
     """Settings that belong together. This class itself is the section without any.
 
-    Values are checked on construction and never converted, but for a whole number where a number is
-    meant.
+    Values are checked on construction and not converted, except that a whole number is taken where
+    a number is expected.
     """
 
     model_config = ConfigDict(
@@ -72,7 +72,8 @@ def setting(
 ) -> Any:
     """Declare a field: default, one line of help, bounds low <= value <= high and value > above.
 
-    `choices` are for a text whose values are found, not written down; others have a Literal type.
+    `choices` are the allowed texts where the program collects them, as names of partitions; fixed
+    ones are a Literal type.
     """
     return Field(
         default,

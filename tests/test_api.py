@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def test_the_public_names_are_these() -> None:
     with pytest.raises(AttributeError, match="no attribute 'runs_'"):
         pf.runs_  # noqa: B018
     assert (Path(pf.__file__).parent / "py.typed").is_file()
+
+
+def test_a_wheel_holds_the_package_alone() -> None:
+    """Any other Flower app has a server_app.py too: at the top level one would replace another."""
+    project = tomllib.loads((Path(pf.__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["pfedmoap_flwr"]}
 
 
 def test_a_run_returns_what_it_left(tmp_path: Path) -> None:

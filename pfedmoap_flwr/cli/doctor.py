@@ -90,7 +90,7 @@ def _check(settings: Settings, room: int, console: Console) -> None:
 def rehearsal(
     settings: Settings, clip: FrozenClip, held: Federated
 ) -> tuple[Method[Any, Any], Work[Any]]:
-    """Return the method, and what lies before its first client in a round with all it can get.
+    """Return the method, and its first client's work in round 2, when it gets all it can get.
 
     Raises UsageError with the reason where a run's first rounds would fail.
     """

@@ -9,17 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import click
 import typer
 from rich.console import Console
 
+from pfedmoap_flwr import methods
 from pfedmoap_flwr.cli import words
+from pfedmoap_flwr.engines import Engine
 from pfedmoap_flwr.errors import RunFailed, UsageError
 
 STOPPED = 130
-RIVALS = "pfedmoap,promptfl,coop,zeroshot"
+RIVALS = ",".join(methods.RIVALS)
 SEEDS = "0,1,2"
 SETTINGS = "Settings: `pfedmoap settings` lists all, `pfedmoap settings data` those of one group."
 
@@ -105,7 +107,7 @@ def run(
     conf: Conf = None,
     method: Method = None,
     engine: Annotated[
-        Literal["in-process", "ray"],
+        Engine,
         typer.Option(
             help="Compute in this process, which is the default, or in Ray through `flwr run`.",
             show_default=False,
@@ -123,8 +125,11 @@ def run(
 def compare(
     settings: Words = None,
     conf: Conf = None,
-    methods: Annotated[
-        str, typer.Option(metavar="NAME,...", help=f"Default {RIVALS}.", show_default=False)
+    names: Annotated[
+        str,
+        typer.Option(
+            "--methods", metavar="NAME,...", help=f"Default {RIVALS}.", show_default=False
+        ),
     ] = RIVALS,
     seeds: Annotated[
         str, typer.Option(metavar="SEED,...", help=f"Default {SEEDS}.", show_default=False)
@@ -135,7 +140,7 @@ def compare(
     numbers = words.read_seeds(seeds)
     from pfedmoap_flwr.cli.compare import compare_all
 
-    compare_all(methods.split(","), numbers, values, Console())
+    compare_all(names.split(","), numbers, values, Console())
 
 
 @app.command(epilog=SETTINGS)
@@ -161,6 +166,31 @@ def list_settings(
     from pfedmoap_flwr.cli.settings import print_settings
 
     print_settings(prefix, Console())
+
+
+@app.command("inspect")
+def inspect_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a pFedMoAP run.")],
+    client: Annotated[
+        list[int] | None, typer.Option(metavar="NUMBER", help="Of these clients alone.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw attention by expert, .png or .svg.")
+    ] = None,
+) -> None:
+    """Show whom the gates of a run listen to: shares of attention, entropy, cosines."""
+    from pfedmoap_flwr.cli.inspect import print_gates
+
+    print_gates(run, client or [], figure, Console())
+
+
+@app.command("methods", epilog=SETTINGS)
+def list_methods(settings: Words = None, conf: Conf = None) -> None:
+    """List all methods: what travels, what stays, what is read, fidelity, source."""
+    values = words.read(settings, conf)
+    from pfedmoap_flwr.cli.methods import print_methods
+
+    print_methods(values, Console())
 
 
 @data_app.command("list")

@@ -12,7 +12,7 @@ def read(
 ) -> dict[str, Value]:
     """Return what the command line sets: a file, KEY=VALUE words over it, --method over both.
 
-    Raises UsageError for what no run can have.
+    Raises UsageError for an unknown key or an impossible value.
     """
     from pfedmoap_flwr import config
 

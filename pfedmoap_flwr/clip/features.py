@@ -63,7 +63,7 @@ def read_images(
     written.
     """
     if not len(images):
-        return torch.empty(0)  # of no image there is nothing to read, not even a shape
+        return torch.empty(0)  # without an image the shape is not known
     views = reading.views
     step = max(1, BATCH // max(1, views))
 
@@ -121,7 +121,7 @@ def _shape(clip: FrozenClip, kind: Kind) -> tuple[int, ...]:
 
 
 def _name(clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: str) -> str:
-    """Return what names the features: a hash of all that decides their bytes."""
+    """Return the cache key of features: a hash of all that decides their bytes."""
     described = {
         "recipe": RECIPE,
         "weights": clip.checkpoint_digest,
@@ -181,7 +181,7 @@ def _blocks(
 
 @contextlib.contextmanager
 def _reader(clip: FrozenClip, kind: Kind) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
-    """Give what reads pixels (B, 3, H, W), and how many bytes of an image tower it holds."""
+    """Yield what reads pixels (B, 3, H, W), and the bytes of the image tower it keeps in memory."""
     if kind == "pixels":
         yield lambda pixels: pixels, 0
         return

@@ -33,8 +33,8 @@ from pfedmoap_flwr.errors import UsageError
 class FrozenClip:
     """A CLIP model whose weights never change: open_clip's, without its image tower.
 
-    Images are read once (see `features`), so that the tower is loaded for that alone, and for
-    methods that train through it.
+    Every image is read once (see `features`). The tower is loaded for that, and for methods that
+    train through it.
     """
 
     name: str
@@ -120,7 +120,7 @@ class FrozenClip:
         try:
             yield tower
         finally:
-            # Whoever still holds the tower, be it in a traceback, holds no memory
+            # Frees the memory even where a traceback still refers to the tower
             tower.to("meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ def project_positions(visual: Any, pixels: Tensor) -> Tensor:
     """Return (B, 1 + T, d), not normalised: what stands for the whole image, then its T patches.
 
     A vision transformer's final norm and projection are applied to all its tokens, not to the class
-    token alone. A ResNet's attention pool asks with every position of the feature map, not with
+    token alone. In a ResNet's attention pool every position of the feature map is a query, not
     their mean alone.
 
     Raises UsageError for an image tower that has no patches in the joint space.
@@ -41,7 +41,7 @@ def project_positions(visual: Any, pixels: Tensor) -> Tensor:
 
 
 def _attend(pool: Any, grid: Tensor) -> Tensor:
-    """Return the attention pool's answers (B, 1 + H*W, d) to all positions of (B, C, H, W)."""
+    """Return the attention pool's outputs (B, 1 + H*W, d) with all positions as queries."""
     x = grid.flatten(2).transpose(1, 2)
     x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + pool.positional_embedding
     query, key, value = (

@@ -116,9 +116,9 @@ class PromptEncoder:
         return features.reshape(*lead, *features.shape[1:])
 
     def _remember(self, prompt: Tensor) -> Tensor:
-        """Features (C, d) of one prompt, from memory where it was met before."""
-        # One by one: the bits of a product may depend on how many rows it has, and what is
-        # remembered must not depend on the company in which it was first met.
+        """Features (C, d) of one prompt, from memory where they were computed before."""
+        # One by one: the bits of a product may depend on how many rows it has. Remembered features
+        # must not depend on which other prompts were encoded with them.
         key = prompt.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         features = self._remembered.pop(key, None)
         if features is None:

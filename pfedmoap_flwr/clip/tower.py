@@ -88,5 +88,5 @@ class _Prompted(nn.Module):
                 prompts = self.prompts[number].to(tokens.dtype).expand(len(tokens), -1, -1)
             tokens = block(torch.cat([first, prompts, rest], dim=1))
             first, prompts, rest = tokens[:, :1], tokens[:, 1:after], tokens[:, after:]
-        # Whatever pools the outputs, the mean of the patches too, meets no prompt
+        # Prompts are left out, so that a tower that takes the mean of its outputs does not see them
         return torch.cat([first, rest], dim=1)

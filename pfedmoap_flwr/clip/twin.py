@@ -8,7 +8,7 @@ from torch import nn
 def twin(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
     """Return a twin of `module` that shares everything with it but the submodule at `path`.
 
-    Others can use the module at the same time, as with a hook they could not.
+    Others can use the module at the same time; a forward hook would change it for them too.
     """
     name, _, rest = path.partition(".")
     other = copy.copy(module)

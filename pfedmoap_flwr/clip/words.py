@@ -105,7 +105,7 @@ def encode_text(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) ->
     """L2-normalised features (len(texts), d) of plain sentences, by the model's own `encode_text`.
 
     Raises:
-        ValueError: a sentence that does not fit, which the tokenizer would cut without a word.
+        ValueError: a sentence that does not fit, which the tokenizer would silently cut.
     """
     words = Words(model, tokenizer)
     for text, content in zip(texts, words.content(texts), strict=True):
@@ -132,7 +132,7 @@ def _token_embedding(text: Any) -> nn.Embedding | None:
 
 
 class _Given(nn.Module):
-    """Stands where a tower looks up token embeddings, and answers with those it was given."""
+    """Takes the place of a tower's token embedding: returns given embeddings, whatever the ids."""
 
     def __init__(self, table: nn.Embedding, embeddings: Tensor) -> None:
         super().__init__()

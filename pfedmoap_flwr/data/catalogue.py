@@ -29,13 +29,14 @@ class CoopLayout:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set; `hub` is "" where the hub has no table of it.
+    """One data set; `hub` is its name on the hub, "" where it is not there.
 
     `holdout` says where splits come from. "published": the hub's; what is missing is held out of
     train. "coop": all images together, divided 50/20/30 by class. "coop-test": the published test
-    images, and 20% of the others for validation. `subset`: classes that are not ours are left out,
-    as are those `dropped`. `size` and `num_domains` are what we use of the published images; 0: not
-    known. `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
+    images, and 20% of the others for validation. `subset`: published classes that are not in our
+    list are left out, as are those `dropped`. `size` and `num_domains` count the images and domains
+    that are used; 0: not known. `partition` and `clients` are the paper's; "" and 0 where it does
+    not use the set.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Who holds which images, and what is told apart in them: put together once in a process."""
+"""Who holds which images of which classes: put together once in a process."""
 
 import functools
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pfedmoap_flwr.errors import UsageError
 
 @dataclass(frozen=True)
 class Task:
-    """What is told apart: class names in label order, and a sentence with {} for zero-shot."""
+    """What is classified: class names in label order, and a sentence with {} for zero-shot."""
 
     classnames: tuple[str, ...]
     template: str

@@ -15,7 +15,7 @@ from pfedmoap_flwr.randomness import numpy_generator
 COOP_SHARES = (0.5, 0.2)  # train and validation; the rest is for testing
 COOP_VALIDATION = 0.2
 TEST_SHARE = 0.2
-# A data set is one thing, whatever the run's seed
+# The splits of a data set are the same in every run, whatever the run's seed
 SPLIT_SEED = 0
 
 

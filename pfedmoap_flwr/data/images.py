@@ -53,7 +53,7 @@ def load_images(data: ImageSettings | str) -> ImageData:
     """
     if isinstance(data, str):
         data = ImageSettings(name=data)
-    # Of a subclass only what is said here counts, or equal images would be loaded twice
+    # Without a subclass's other fields: settings that differ in them alone share their images
     return _kept(
         ImageSettings(**{name: getattr(data, name) for name in ImageSettings.model_fields})
     )

@@ -135,7 +135,7 @@ def _labelled(
     table = table.remove_columns(list(dict.fromkeys(old)))
     if source.image != "image":
         table = table.rename_column(source.image, "image")
-    # Before rows are chosen: added to a choice, a column would copy every image
+    # Before rows are selected: `datasets` copies every image to add a column to a selection
     table = table.add_column("label", label.astype(np.int64))
     table = table.add_column("domain", domain.astype(np.int64))
     rows = np.flatnonzero((label >= 0) & (domain >= 0))

@@ -66,7 +66,7 @@ def whole(images: ImageData, data: DataSettings, client_id: int, seed: int) -> C
 def manifest(
     images: ImageData, data: DataSettings, seed: int, clients: Sequence[ClientRows]
 ) -> dict[str, Any]:
-    """Return all there is to say about a partition, for JSON, with a SHA-256 of the rest.
+    """Return a description of a partition, for JSON, with a SHA-256 of the rest.
 
     The digest is that of `json.dumps(rest, sort_keys=True)`.
     """
@@ -98,7 +98,7 @@ def digest(said: dict[str, Any]) -> str:
 
 
 def _own_settings(data: DataSettings) -> list[str]:
-    """Return the fields that the chosen way to cut reads: its keyword-only parameters."""
+    """Return the fields that the chosen partitioner reads: its keyword-only parameters."""
     parameters = inspect.signature(CUTS[data.partition]).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
@@ -110,7 +110,7 @@ def _share_out(
     members = {split: part.members[split] if part.members else None for split in SPLITS}
     sizes = {split: class_sizes(images, split, members[split]) for split in SPLITS}
     least = {"train": data.min_examples, "test": MIN_TEST}
-    # Where there are too few images in all, no draw would do
+    # With too few images in all, no draw can succeed
     possible = all(sizes[s].sum() >= part.clients * n for s, n in least.items())
     for attempt in range(ATTEMPTS if possible else 0):
         rng = numpy_generator(*seed, attempt)

@@ -1,9 +1,9 @@
-"""The ways to cut a data set among clients: one function each, found by its name.
+"""The partitioners, which divide a data set among clients: one function each, found by its name.
 
-A way returns `Part`s: which images which clients share out among themselves, and how to draw their
-shares, the fraction of every class that goes to each client. The same shares cut train, validation
-and test, so that all splits of a client follow one class distribution. Keyword-only parameters are
-the settings that a way reads besides the number of clients.
+A partitioner returns `Part`s: which images which clients share out among themselves, and how to
+draw their shares, the fraction of every class that goes to each client. The same shares cut train,
+validation and test, so that all splits of a client follow one class distribution. Keyword-only
+parameters are the settings that a partitioner reads besides the number of clients.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import key_of
 
-# Only for types: its names are those of settings, which are read before a data set is
+# For types alone: settings take the partitioners' names from here before any data set is loaded
 if TYPE_CHECKING:
     from pfedmoap_flwr.data.images import ImageData
 
-# Numbers that differ by less are one: the last bits of a sum may depend on the machine
+# Numbers that differ by less are taken as equal: the last bits of a sum depend on the machine
 SAME = 1e-9
 
 
@@ -38,8 +38,8 @@ def nearest(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def evenly(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return whole numbers (C, N) for shares (C, N) of sizes (C,), each less than 1 off.
 
-    What is left of a class after rounding down goes to those who came off worst so far. Equal
-    shares are thus dealt like cards: the clients' totals differ by at most one.
+    What is left of a class after rounding down goes to the clients that lost most by rounding so
+    far. With equal shares the clients' totals thus differ by at most one.
     """
     ideal = shares * sizes[:, None]
     counts = np.floor(ideal + SAME).astype(np.int64)

@@ -79,7 +79,7 @@ class Workers:
             opened = client.open_client(*request)
             work = opened.to_train(request[0])
         except Exception:
-            return 1  # the client says what is wrong when it is asked
+            return 1  # the client's own answer says what is wrong
         likeness = stacked.likeness(opened.method, work)
         if likeness not in self._fitting:
             self._fitting[likeness] = capacity.clients_that_fit(opened.method, work)

@@ -62,12 +62,12 @@ class Client:
     def work(
         self, server_round: int, received: Mapping[str, Tensor], *states: Mapping[str, Tensor]
     ) -> Work[Any]:
-        """Return what lies before the client: a fresh head, overwritten by the states in turn."""
+        """Return the client's work: its head is a fresh one, overwritten by the states in turn."""
         split = functools.partial(self.node.split, self.client_id)
         return make_work(self.method, self.client_id, server_round, split, received, *states)
 
     def to_train(self, message: Message) -> Work[Any]:
-        """Return what a train message asks for: the kept head, overwritten by what came."""
+        """Return the work of a train message: the kept head, overwritten by what came."""
         server_round = _round(message)
         received = messages.to_tensors(message.content["arrays"])
         kept = self.heads.load(before=server_round) or {}
@@ -173,7 +173,7 @@ def _train_together(requests: Sequence[Request]) -> list[Message]:
             client = open_client(message, context)
             work = client.to_train(message)
         except Exception:
-            # It fails again where an error reply is made of it
+            # It fails in the same way again, and there becomes an error reply
             replies[i] = _answer_one(message, context)
         else:
             groups.setdefault(stacked.likeness(client.method, work), {})[i] = client, work

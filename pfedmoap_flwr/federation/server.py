@@ -22,6 +22,7 @@ from pfedmoap_flwr.federation.handshake import (
     say_data,
     wait_for_nodes,
 )
+from pfedmoap_flwr.federation.rules import replace_mean
 from pfedmoap_flwr.federation.strategy import AllClientsFailed, PromptStrategy
 from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
@@ -63,9 +64,12 @@ def _run(grid: Grid, settings: Settings, state: ServerState | None, folder: RunF
             clients,
             clients,
         )
-    # The one that clients of this process use; a server without a GPU serves clients with one
+    # In one process the same object as the clients'. "auto" where they want CUDA: a server without
+    # a GPU can serve clients that have one.
     clip = load_clip(settings.clip, "cpu" if settings.device == "cpu" else "auto")
     method = methods.load(settings.method)(settings, settings.own, clip, cards[0].task)
+    if settings.server.rule != "average":
+        replace_mean(method, settings.server)
     strategy = PromptStrategy(settings, method, state or method.start(), cards, folder)
     strategy.start_all(grid)
     folder.finish(settings, [_row(card) for card in cards])
@@ -74,7 +78,7 @@ def _run(grid: Grid, settings: Settings, state: ServerState | None, folder: RunF
 def _save_partition(settings: Settings, cards: Sequence[Card], folder: RunFolder) -> None:
     """Write down who holds what, if this machine can tell: nodes may have images of their own.
 
-    A server of a deployment, which no `pfedmoap run` gave a run folder, fetches nothing for it.
+    The server of a deployment (no run-dir is set) downloads no data set for it.
     """
     data = settings.data
     if not (data.name == BUNDLED or data.path or settings.run_dir):

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 NOT_METHODS = ("base", "settings")
 
+RIVALS = ("pfedmoap", "promptfl", "coop", "zeroshot")
+"""What a comparison compares where nothing else is said."""
+
 
 @functools.cache
 def names() -> tuple[str, ...]:

@@ -36,8 +36,8 @@ Tensors = Mapping[str, Tensor]
 Phase = tuple[int, tuple[str, ...]]
 """Epochs, and the names of the parameters that move in them."""
 
-EVALUATION_NUMBERS = 2**22
-"""So many numbers of images go through `classify` at once: 16 MB in float32."""
+EVALUATION_IMAGES, EVALUATION_NUMBERS = 1024, 2**22
+"""How many images, and numbers read of them, go through `classify` at once at the most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,8 @@ class Head(nn.Module):
     """What is read of images (B, ...) -> logits (B, C).
 
     Parameters are learned, and travel unless they are personal. Buffers stay at the client. A plain
-    attribute must be the same for all clients: nobody keeps it, and stacked heads share the first
-    one's.
+    attribute must be the same for all clients: it is not saved, and stacked heads all use that of
+    the first one.
     """
 
     def __init__(self, method: Method[Any, Any]) -> None:
@@ -102,7 +102,8 @@ class Head(nn.Module):
 
     def predict(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (n, C) of a whole split, computed in parts that fit into memory."""
-        step = max(1, EVALUATION_NUMBERS // max(1, image_features[:1].numel()))
+        fitting = EVALUATION_NUMBERS // max(1, image_features[:1].numel())
+        step = min(max(1, fitting), EVALUATION_IMAGES)
         return torch.cat([self.classify(part, encoded) for part in image_features.split(step)])
 
     @torch.no_grad()
@@ -171,7 +172,7 @@ H = TypeVar("H", bound=Head, default=PromptHead)
 
 @dataclass(frozen=True, eq=False)
 class Work(Generic[H]):
-    """What lies before a client when a message came.
+    """What the hooks of a client get when a message came.
 
     head: has what the client kept and what it received. received: on the head's device.
     split: the client's images by the name of a split, read when they are asked for.
@@ -198,17 +199,19 @@ class Method(Generic[S, H]):
     """One federated method: subclasses override what differs from PromptFL, and nothing else.
 
     S is the type of the method's own settings, H that of its head. A method object is made on the
-    server and on every client; it knows the frozen CLIP and the classes, and it remembers nothing.
+    server and on every client; it knows the frozen CLIP and the classes, and keeps no state.
 
     section: the class of its own settings; their keys begin with the method's name.
     head: the class of its head. reading: what the head gets of an image.
     personal: parameters, or modules of them, that never leave a client.
+    fidelity: how close it is to its paper, in a few words; its page in docs/methods says more.
     """
 
     section: ClassVar[type[Section]] = Section
     head: ClassVar[type[Head]] = PromptHead
     reading: ClassVar[Reading] = Reading()
     personal: tuple[str, ...] = ()
+    fidelity: ClassVar[str] = "faithful"
 
     def __init__(self, settings: LearningSettings, own: S, clip: FrozenClip, task: Task) -> None:
         self.settings = settings
@@ -280,7 +283,7 @@ class Method(Generic[S, H]):
         return {}
 
     def adapt(self, work: Work[H]) -> None:
-        """Make a head the client's own before it is measured as personal."""
+        """Adapt a head to its client before it is measured as personal, as by fine-tuning."""
 
     def is_personal(self, name: str) -> bool:
         """Tell whether a parameter never leaves its client."""
@@ -316,7 +319,11 @@ class Method(Generic[S, H]):
 
         Eq. 6: P_g^t = SUM p_i P_i^t with p_i = n_i / SUM n over the participants.
         """
-        state.shared |= average(uploads, state.shared)
+        state.shared |= self.combine(state, uploads)
+
+    def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
+        """Return what is shared next: the mean by n_i, or the rule of setting server.rule."""
+        return average(uploads, state.shared)
 
 
 def average(

@@ -60,8 +60,8 @@ class FedAMP(Method[FedAMPSettings]):
 def cloud(prompts: Tensor, alpha_k: float, sigma: float) -> Tensor:
     """Return the cloud prompts u (N, n) of prompts (N, n), sigma in median squared distances.
 
-    Prompts of many numbers lie far apart, and with the paper's plain sigma no client would hear
-    of another: so sigma is counted in the median squared distance of all pairs.
+    Prompts of thousands of numbers lie so far apart that with the paper's plain sigma every weight
+    would be 0. So sigma is counted in the median squared distance of all pairs.
     """
     squared = torch.stack([(prompts - prompt).square().sum(-1) for prompt in prompts])
     pairs = squared[~torch.eye(len(prompts), dtype=torch.bool)]

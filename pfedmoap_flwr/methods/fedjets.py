@@ -1,6 +1,6 @@
 """FedJETs (Dun et al., arXiv 2306.08586): the server's experts, a few of them for each client.
 
-An expert is a prompt, and the common expert that the gate asks is the frozen image feature:
+An expert is a prompt. What the gate reads, the paper's common expert, is the frozen image feature:
 
     p(y | x) over the K experts that came: logits = SUM_k softmax(s gate x)_k logits_k
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work
 from pfedmoap_flwr.settings import Section, setting
 
@@ -22,7 +21,7 @@ class FedJETsSettings(Section):
     """Settings of FedJETs."""
 
     num_experts: int = setting(5, "experts M on the server", low=1)
-    top: int = setting(2, "experts K that a client gets to train; at most M", low=1)
+    top: int = setting(2, "experts K that a client gets to train; M where it is more", low=1)
 
 
 class FedJETsHead(PromptHead):
@@ -33,11 +32,6 @@ class FedJETsHead(PromptHead):
     def __init__(self, method: "FedJETs") -> None:
         super().__init__(method)
         n_experts = method.own.num_experts
-        if method.own.top > n_experts:
-            raise UsageError(
-                f"setting fedjets.top={method.own.top}: must be at most "
-                f"fedjets.num-experts={n_experts}"
-            )
         del self.ctx
         self.experts = nn.ParameterList(
             self.normal(f"expert {i}", *self.ctx_shape) for i in range(n_experts)
@@ -69,6 +63,7 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
 
     section = FedJETsSettings
     head = FedJETsHead
+    fidelity = "nearest version: the gate is asked with the last round's ranks"
 
     def reports(self) -> dict[str, Tensor]:
         """Return `ranks` (M,): the gate's mean softmax over a client's training images."""
@@ -81,9 +76,8 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
     @torch.no_grad()
     def upload(self, work: Work[FedJETsHead]) -> dict[str, Tensor]:
         """Return the gate, the experts that came, and the ranks of all."""
-        image_features = F.normalize(work.images.features, dim=-1)
-        ranks = work.head.weights(image_features).mean(0).cpu()
-        return super().upload(work) | {"ranks": ranks}
+        ranks = work.head.weights(F.normalize(work.images.features, dim=-1)).mean(0)
+        return super().upload(work) | {"ranks": ranks.cpu()}
 
     def send(
         self, state: ServerState, client_ids: Sequence[int], *, train: bool
@@ -91,13 +85,10 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
         """Return the gate and each client's K experts, or all of them to be measured."""
         sent = {}
         for client_id in client_ids:
-            which = self.choose(state, client_id) if train else range(self.own.num_experts)
-            experts = {name: state.shared[name] for name in (f"experts.{i}" for i in which)}
-            sent[client_id] = {
-                "gate": state.shared["gate"],
-                "which": torch.tensor(list(which)),
-                **experts,
-            }
+            which = self.choose(state, client_id) if train else list(range(self.own.num_experts))
+            names = ["gate", *(f"experts.{i}" for i in which)]
+            sent[client_id] = {name: state.shared[name] for name in names}
+            sent[client_id]["which"] = torch.tensor(which)
         return sent
 
     def choose(self, state: ServerState, client_id: int) -> list[int]:

@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfedmoap_flwr.methods.base import (
-    Method,
-    Phase,
-    PromptHead,
-    ServerState,
-    Upload,
-    Work,
-    average,
-)
+from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work, average
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -79,8 +71,7 @@ class FedLALR(Method[FedLALRSettings, FedLALRHead]):
         self, work: Work[FedLALRHead], groups: list[dict[str, Any]]
     ) -> torch.optim.Optimizer:
         """Return AMSGrad over the head's own moments."""
-        own = self.own
-        return AMSGrad(groups, work.head.m, work.head.vhat, own.beta1, own.beta2)
+        return AMSGrad(groups, work.head.m, work.head.vhat, self.own.beta1, self.own.beta2)
 
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
         """Take the plain mean over the participants, whatever their number of images."""

@@ -50,3 +50,4 @@ class FedOTP(Method[FedOTPSettings, FedOTPHead]):
     head = FedOTPHead
     reading = Reading("tokens")
     personal = ("local",)
+    fidelity = "faithful with patch tokens"

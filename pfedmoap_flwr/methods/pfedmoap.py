@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods.base import Method, PromptHead, ServerState, Upload, Work
-from pfedmoap_flwr.methods.parts.gate import AttentionGate
+from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work
+from pfedmoap_flwr.methods.parts.gate import AttentionGate, LinearGate
 from pfedmoap_flwr.methods.parts.pool import select_experts
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
@@ -28,13 +28,19 @@ class PFedMoAPSettings(Section):
     """Settings of the paper's Section 4.1."""
 
     num_experts: int = setting(9, "borrowed prompts K; 0: gate over the local prompt only", low=0)
-    selection: Literal["knn", "random", "farthest"] = setting("knn", "which prompts of the pool")
+    selection: Literal["knn", "random", "farthest", "cosine", "noise"] = setting(
+        "knn", "which prompts of the pool; noise: none of them, drawn like a start"
+    )
     lambda_: float = setting(0.5, "weight of the local logits, Eq. 10", low=0)
-    gate: Literal["attention", "none"] = setting("attention", "how features are mixed")
+    gate: Literal["attention", "linear", "none"] = setting("attention", "how features are mixed")
     d_gating: int = setting(128, "width of the gate, a divisor of CLIP's", low=1)
     heads: int = setting(8, "attention heads of the gate, a divisor of d-gating", low=1)
     gate_lr: float = setting(0.01, "learning rate of the gate (SGD)", above=0)
     gate_shared: bool = setting(False, "average the gate like the prompt, as in Table 7's ablation")
+    gate_frozen: bool = setting(False, "leave the gate as it starts, a control")
+    score_scale: float = setting(0.0, "of attention scores; 0: as compat has it", low=0)
+    scale_learned: bool = setting(False, "train the scale of attention scores")
+    unit_scores: bool = setting(False, "attention scores are cosines, times the scale")
 
 
 class PFedMoAPHead(PromptHead):
@@ -53,14 +59,26 @@ class PFedMoAPHead(PromptHead):
         self.released = method.settings.compat == "released"
         self.lambda_ = own.lambda_
         self.d_gating = own.d_gating
-        self.gate: AttentionGate | None = None
+        self.gate: AttentionGate | LinearGate | None = None
         self.register_buffer("experts", None)
         self.register_buffer("expert_features", None, persistent=False)
-        if own.gate == "attention":
+        if own.gate != "none":
             _check_widths(own, self.encoder.embed_dim)
-            generator = torch_generator(self.seed, "gate")
-            scale = RELEASED_SCORE_SCALE if self.released else None
-            self.gate = AttentionGate(own.d_gating, own.heads, generator, scale).to(self.device)
+            self.gate = self._build_gate(own).to(self.device)
+
+    def _build_gate(self, own: PFedMoAPSettings) -> AttentionGate | LinearGate:
+        generator = torch_generator(self.seed, "gate")
+        if own.gate == "linear":
+            return LinearGate(own.d_gating, own.num_experts, generator)
+        scale = own.score_scale or (RELEASED_SCORE_SCALE if self.released else None)
+        return AttentionGate(
+            own.d_gating,
+            own.heads,
+            generator,
+            scale,
+            learned=own.scale_learned,
+            unit=own.unit_scores,
+        )
 
     def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, d) and T_L (C, d): Eq. 10; Eq. 3 without experts."""
@@ -69,18 +87,18 @@ class PFedMoAPHead(PromptHead):
         image_features = F.normalize(image_features, dim=-1)
         logits = self.lambda_ * (image_features @ encoded.t())
         if self.gate is not None:
-            logits = logits + self.mixture_logits(self.gate, image_features, encoded)
+            query, experts = self.reduce(image_features), self.all_experts(encoded)
+            logits = logits + self.mixture_logits(query, self.gate(query, experts))
         return self.logit_scale * logits
 
-    def mixture_logits(
-        self, gate: AttentionGate, image_features: Tensor, text_features: Tensor
-    ) -> Tensor:
-        """Return sim(f(x), T_MoE) (B, C) of images (B, d) and T_L (C, d): Eq. 9 and 11."""
+    def all_experts(self, text_features: Tensor) -> Tensor:
+        """Return reduced [T_L, T_NL] (K+1, C, d_gating) of T_L (C, d): Eq. 8."""
         if self.expert_features is None:
             raise RuntimeError("the experts are not encoded yet; that is what `prepare` is for")
-        experts = torch.cat([self.reduce(text_features).unsqueeze(0), self.expert_features])
-        query = self.reduce(image_features)
-        moe = gate(query, experts)
+        return torch.cat([self.reduce(text_features).unsqueeze(0), self.expert_features])
+
+    def mixture_logits(self, query: Tensor, moe: Tensor) -> Tensor:
+        """Return sim(f(x), T_MoE) (B, C) of images (B, d_gating) and T_MoE (B, C, d_gating)."""
         logits = torch.einsum("bd,bcd->bc", query, moe)
         return logits if self.released else logits / moe.norm(dim=-1).clamp_min(1e-12)
 
@@ -114,6 +132,12 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
         head = work.head
         if head.gate is not None and head.experts is not None:
             head.expert_features = head.reduce(head.encoder(head.experts))
+
+    def schedule(self, head: PFedMoAPHead, epochs: int) -> list[Phase]:
+        """Return one phase: prompt and gate together."""
+        ((epochs, names),) = super().schedule(head, epochs)
+        frozen = self.own.gate_frozen
+        return [(epochs, tuple(n for n in names if not (frozen and n.startswith("gate."))))]
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the gate's own constant rate, or the prompt's."""

@@ -44,6 +44,7 @@ class PFedPT(Method[PFedPTSettings, PFedPTHead]):
     head = PFedPTHead
     reading = Reading("pixels")
     personal = ("frame",)
+    fidelity = "nearest version: the shared model is the text prompt"
 
     def schedule(self, head: PFedPTHead, epochs: int) -> list[Phase]:
         """Return the two phases."""

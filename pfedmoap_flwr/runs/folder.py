@@ -54,7 +54,7 @@ class RunFolder:
 
     @functools.cached_property
     def run_id(self) -> str:
-        """What tells this run from every other one, of the same name too: 32 hex digits."""
+        """A random id, 32 hex digits: two runs never have the same, whatever their names."""
         said = json.loads((self.path / "environment.json").read_text())
         return str(said["run_id"])
 

@@ -33,7 +33,7 @@ def clients_that_fit(method: Method[Any, Any], work: Work[Any]) -> int:
 def saved_bytes(stack: Stack, features: Tensor, labels: Tensor, without: set[int]) -> int:
     """Return the bytes that one step keeps for its backward pass.
 
-    `without`: places of storages that do not count. The result depends on shapes alone.
+    `without`: data pointers of tensors that are not counted. The result depends on shapes alone.
     """
     sizes: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""The two ends of a client's round: what lies before it, and whether its answer is fit to merge."""
+"""The two ends of a client's round: its work, and the check of what it uploads."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def make_work(
     received: Mapping[str, Tensor],
     *states: Mapping[str, Tensor],
 ) -> Work[Any]:
-    """Return what lies before a client: a fresh head, overwritten by the states in turn."""
+    """Return the work of a client: its head is a fresh one, overwritten by the states in turn."""
     head: Head = method.build()
     for state in states:
         head.load(state)

@@ -23,7 +23,7 @@ def train(
     Several heads must be alike (`stacked.likeness`): they move in the same steps, each by its own
     loss, and a client that has fewer batches rests until the next epoch.
     """
-    # Those that still have a batch are always the first ones
+    # By size, so that in every step the clients which still have a batch are the first ones
     works = sorted(works, key=lambda work: -len(work.images))
     stack = Stack(method, works)
     if phases is None:
@@ -55,7 +55,7 @@ def _one_epoch(
     totals = torch.zeros(len(stack.heads), device=batches.labels.device)
     for features, labels, sizes in batches.epoch():
         losses = stack.losses(features, labels)
-        # One optimizer for all, or one each: who rests in this step has no gradient, and stays
+        # One optimizer for all, or one each. A head without a batch has no gradient: it stays
         active = optimizers if len(optimizers) == 1 else optimizers[: len(sizes)]
         for optimizer in active:
             optimizer.zero_grad()
@@ -71,7 +71,7 @@ def _optimizers(
     works: Sequence[Work[Any]],
     moving: Mapping[str, Sequence[Tensor]],
 ) -> list[torch.optim.Optimizer]:
-    """Return one optimizer for each head, or one for all where SGD of each parameter is all."""
+    """Return one optimizer for each head, or a single one for all where it is the default SGD."""
     if type(method).optimizer is Method.optimizer:
         groups = [{"name": name, "params": list(ps)} for name, ps in moving.items()]
         return [method.optimizer(works[0], groups)]
@@ -102,8 +102,8 @@ class _Batches:
     def epoch(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield a step's features (A, b, ...), labels (A, b), sizes (A,) for A clients at work.
 
-        Where a client has fewer than b images left, the rest have the label that no loss counts.
-        Rows are drawn and moved once an epoch, so that no step waits for the device.
+        Where a client has fewer than b images left, the other rows have the label IGNORED. Orders
+        are drawn and moved to the device once an epoch, so that no step waits for it.
         """
         device = self.labels.device
         steps = -(-max(self.sizes) // self.batch_size)
@@ -144,7 +144,7 @@ def zeroshot_accuracies(
     clip: FrozenClip, task: Task, splits: Mapping[str, Split]
 ) -> dict[str, float]:
     """Return, by split, the accuracy of CLIP with the task's sentence; features are (n, d)."""
-    # An image feature's length has no say in which class is nearest
+    # Not normalised: the length of an image's feature does not change which class is the nearest
     text_features = clip.zeroshot(task.classnames, task.template)
     return {
         name: _share_right(data.features @ text_features.t(), data.labels)

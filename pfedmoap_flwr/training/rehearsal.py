@@ -21,7 +21,7 @@ Images = Callable[[str], Split]
 def rehearse(method: Method[Any, Any], client_ids: Sequence[int], images: Images) -> Work[Any]:
     """Measure, train one epoch, merge, and measure again, as the first client.
 
-    Return what lies before it in round 2, when every client has uploaded once.
+    Return its work in round 2, when every client has uploaded once.
 
     Raises whatever the method raises, and ValueError for logits or an upload of a wrong shape.
     """

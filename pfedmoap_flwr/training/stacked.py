@@ -16,7 +16,7 @@ from pfedmoap_flwr.methods.base import Head, Method, Tensors, Work
 IGNORED = -100
 """The label of a row that fills up a batch; PyTorch's losses do not count it."""
 
-# What the order of a sum may change in a loss; a loss that is wrong is further off
+# By how much another order of summation may change a loss; a wrong loss is further off
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 

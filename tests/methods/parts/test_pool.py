@@ -149,18 +149,28 @@ def test_random_does_not_look_at_the_prompts() -> None:
     assert select(near, 3, 4, "random") == select(far, 3, 4, "random")
 
 
-# Many clients at once: the filter must change nothing but the time
+# Many clients at once: bounds must change nothing but the time
 
-FILTERS = [None, torch.float32, torch.bfloat16]
+# What the bounds are computed in. "medium" allows less exact products, so float64 is taken, as on
+# CUDA
+PRECISIONS = {"float32": "highest", "float64": "medium"}
 forced = hypothesis_settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-@pytest.fixture(params=FILTERS, ids=str)
-def filtered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force what the filter computes in, and blocks of few prompts."""
-    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: request.param)
+@pytest.fixture(params=PRECISIONS)
+def bounds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Choose what the bounds are computed in."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRECISIONS[request.param])
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few prompts."""
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 64)
 
 
@@ -187,7 +197,7 @@ def assert_exact(pool: Mapping[int, Tensor], num_experts: int) -> None:
         assert chosen == brute_force(pool, num_experts, selection)
 
 
-@pytest.mark.usefixtures("filtered")
+@pytest.mark.usefixtures("bounds", "blocks")
 @forced
 @given(
     pool=st.dictionaries(st.integers(0, 90), prompts, min_size=1, max_size=60),
@@ -201,7 +211,7 @@ def test_ties_of_any_size_at_any_place(
     assert_exact({c: p * unit + shift for c, p in as_tensors(pool).items()}, num_experts)
 
 
-@pytest.mark.usefixtures("filtered")
+@pytest.mark.usefixtures("bounds", "blocks")
 @pytest.mark.parametrize("shift", [0.0, 1.0, 300.0])
 @forced
 @given(seed=st.integers(0, 2**32), step=st.sampled_from([1e-7, 1e-5, 1e-3, 0.1]))
@@ -212,7 +222,7 @@ def test_near_ties_below_the_resolution_of_the_filter(shift: float, seed: int, s
     assert_exact({c: base[c % 3] * (1 + step * noise[c]) for c in range(45)}, 4)
 
 
-@pytest.mark.usefixtures("filtered")
+@pytest.mark.usefixtures("bounds", "blocks")
 @pytest.mark.parametrize("num_clients", [2, 3, 5, 9, 10, 11, 15, 16, 17, 64])
 def test_the_borders_of_blocks(num_clients: int) -> None:
     # Blocks of five prompts
@@ -224,14 +234,12 @@ def test_the_borders_of_blocks(num_clients: int) -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 0.03, 1.0])
 @pytest.mark.parametrize("farthest", [False, True])
-@pytest.mark.parametrize("dtype", FILTERS[1:], ids=str)
+@pytest.mark.usefixtures("bounds")
 def test_many_clients_equal_scikit_learn(
-    dtype: torch.dtype, farthest: bool, spread: float, monkeypatch: pytest.MonkeyPatch
+    farthest: bool, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one point, by narrow clusters, to none; the narrow ones overrun the filter."""
-    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: dtype)
+    """From one point, by narrow clusters, to none; the bounds do not tell the narrow ones apart."""
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**15)
-    monkeypatch.setattr(nearest, "CROWD", 4)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, 8, 64))
     table = np.repeat(centres, 250, axis=0) + spread * rng.normal(size=(1000, 8, 64))
@@ -290,7 +298,7 @@ class LazyPool(Mapping[int, Tensor]):
         return len(self.table)
 
 
-def test_the_filter_reads_a_lazy_pool_once_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lazy_pool_is_read_once_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = LazyPool(torch.randn(3000, 16, 32, generator=generator))
     clients = list(range(0, 3000, 100))
@@ -306,37 +314,110 @@ def test_the_filter_reads_a_lazy_pool_once_in_blocks(monkeypatch: pytest.MonkeyP
     found = nearest.nearest(pool, clients, 5)
     monkeypatch.undo()
     assert max(stacked) <= 128
-    # Once by the filter, and what survives again
-    assert pool.reads.total() < 2 * len(pool)
+    # Once in its block, and once more those that search; one prompt tells the size of all
+    assert pool.reads.total() == len(pool) + len(clients) + 1
     flat = pool.table.flatten(1).double()
     for client in clients:
         order = (flat - flat[client]).square().sum(1).argsort(stable=True)
         assert found[client] == order[order != client][:5].tolist()
 
 
-@pytest.mark.parametrize("dtype", FILTERS, ids=str)
-def test_the_shortlist_stays_short_where_no_filter_helps(
-    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    longest = 0
-    add = nearest._Shortlist.add
-
-    def watched(shortlist: nearest._Shortlist, *pairs: Tensor) -> None:
-        nonlocal longest
-        add(shortlist, *pairs)
-        longest = max(longest, len(shortlist.who))
-
-    monkeypatch.setattr(nearest._Shortlist, "add", watched)
-    monkeypatch.setattr(nearest, "filter_dtype", lambda *arguments: dtype)
+@pytest.mark.usefixtures("bounds")
+def test_memory_stays_small_where_no_bound_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    double = Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda rows: measured.append(len(rows)) or double(rows))
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**9)
-    # Less apart than either filter can see, and in the order that is worst for it
+    # Less apart than float32 can bound, and in the order that is worst: ever nearer
     first, last = torch.full((4,), 0.1), torch.full((4,), 7.0)
     drift = torch.tensor([0, 0, 0, 2.0**-26])
     pool = {client: first + (1500 - client) * drift for client in range(1500)} | {1500: last}
     clients = [0, 700, 1499, 1500]
-    assert nearest.nearest(pool, clients, 2) == brute_force(pool, 2, "knn", clients)
-    # 384 of a crowd, twice before it is looked at, and a block
-    assert longest <= 2 * 32 * 3 * 4 + 4 * 128
+    found = nearest.nearest(pool, clients, 2)
+    monkeypatch.undo()
+    assert found == brute_force(pool, 2, "knn", clients)
+    assert sum(measured) > 1500
+    assert max(measured) <= 8
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-200, 1e200])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.usefixtures("blocks")
+def test_float64_prompts_of_any_size(unit: float, shift: float) -> None:
+    # Squares of 1e200 overflow, of 1e-200 vanish: all distances are equal
+    rows = torch.randint(-2, 3, (40, 2, 2), generator=torch.Generator().manual_seed(0))
+    assert_exact({client: row.double() * unit + shift for client, row in enumerate(rows)}, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("blocks")
+def test_prompts_of_few_bits(dtype: torch.dtype) -> None:
+    # Rounded to few bits, many are equal
+    rows = torch.randn(60, 2, 2, generator=torch.Generator().manual_seed(0)).mul(3).round()
+    assert_exact({client: row.div(3).to(dtype) for client, row in enumerate(rows)}, 7)
+
+
+@pytest.mark.usefixtures("bounds", "blocks")
+@pytest.mark.parametrize("offset", [1.1, 1.7, 3.3])
+def test_sums_of_many_numbers_round_far_more_than_prompts_differ(offset: float) -> None:
+    # Rounding goes the same way at every step, as the numbers are nearly equal
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-9, 10, (9, 2**18), generator=generator) * 2.0**-12
+    assert_exact({client: steps[client] + offset * (client % 2) for client in range(9)}, 1)
+
+
+@pytest.mark.usefixtures("bounds", "blocks")
+@pytest.mark.parametrize("unit", [2.0**-63, 2.0**-72, 2.0**-75])
+def test_squares_below_the_range_of_float32(unit: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert_exact({i: unit * torch.randn(4, generator=generator) for i in range(200)}, 4)
+
+
+def test_one_huge_prompt_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    double = Tensor.double
+    generator = torch.Generator().manual_seed(0)
+    pool = {client: torch.randn(64, generator=generator) for client in range(2000)}
+    pool[1000] = torch.full((64,), 3e38)
+    clients = list(range(0, 2000, 100))
+    monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**14)
+    monkeypatch.setattr(Tensor, "double", lambda rows: measured.append(len(rows)) or double(rows))
+    found = nearest.nearest(pool, clients, 3)
+    monkeypatch.undo()
+    assert found == brute_force(pool, 3, "knn", clients)
+    # All of its own, and few of the others'
+    assert 2000 <= sum(measured) < 4000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_prompts_stay_equal_in_any_company(seed: int) -> None:
+    # PyTorch's two threads sum a long row that stands alone in another order
+    rows = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(seed))
+    pool = {client: rows[min(client, 1)] for client in range(7)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert select(pool, 0, 6) == [1, 2, 3, 4, 5, 6]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_autocast_does_not_change_the_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = {client: torch.randn(64, generator=generator) for client in range(300)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest.nearest(pool, list(pool), 5)
+    assert found == brute_force(pool, 5, "knn")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("farthest", [False, True])
+def test_cuda_chooses_what_the_cpu_chooses(farthest: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = {client: torch.randn(16, 32, generator=generator) for client in range(3000)}
+    clients = list(range(0, 3000, 10))
+    on_cuda = nearest.nearest(pool, clients, 9, farthest=farthest, device="cuda")
+    assert on_cuda == nearest.nearest(pool, clients, 9, farthest=farthest, device="cpu")
 
 
 def test_every_client_must_have_a_prompt() -> None:
