@@ -12,6 +12,7 @@ import pfedmoap_flwr as pf
 from pfedmoap_flwr import api
 from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.data import federated as federated_module
+from pfedmoap_flwr.data.partition import partition
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.folder import RunFolder
 from support.tiny import NUM_CLIENTS, TINY
@@ -145,11 +146,11 @@ def test_compare_checks_all_before_the_first_starts(tmp_path: Path) -> None:
 
 
 def test_a_partition_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, seeds = federated_module.partition, []
+    seeds = []
 
     def counting(images: Any, data: Any, seed: int) -> Any:
         seeds.append(seed)
-        return draw(images, data, seed)
+        return partition(images, data, seed)
 
     monkeypatch.setattr(federated_module, "partition", counting)
     pf.run(method="promptfl", **{**SHORT, "seed": 71})

@@ -15,6 +15,7 @@ import pytest
 from pfedmoap_flwr import cache as store
 from pfedmoap_flwr.cache import kept
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.files import move
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,9 @@ def test_one_flipped_bit_is_noticed_wherever_it_is(cache: Path) -> None:
 
 @pytest.mark.parametrize("stale", ["name", "dtype", "shape", "rows"])
 def test_a_file_of_something_else_is_computed_again(stale: str, cache: Path) -> None:
-    values = np.ones((ROWS - (stale == "rows"), 2, 3), np.float64 if stale == "dtype" else "f4")
+    values: np.ndarray = np.ones(
+        (ROWS - (stale == "rows"), 2, 3), np.float64 if stale == "dtype" else "f4"
+    )
     values = values.reshape(len(values), 6) if stale == "shape" else values
 
     def other(start: int) -> Iterator[np.ndarray]:
@@ -204,8 +207,6 @@ def test_an_unwritable_folder_is_said(cache: Path) -> None:
 
 
 def test_a_disk_that_loses_bytes_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    move = store.move
-
     def losing(part: Path, path: Path) -> None:
         os.truncate(part, 300)
         move(part, path)

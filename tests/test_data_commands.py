@@ -15,6 +15,7 @@ from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.cli.data import place
 from pfedmoap_flwr.clip import features
 from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.clip.tower import encode_image
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, CATALOGUE, FOLDER
 from support import ROOT
@@ -196,7 +197,7 @@ def test_prepare_that_was_stopped_goes_on(
 ) -> None:
     monkeypatch.setenv("PFEDMOAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "BATCH", 8)
-    encode_image, batches = features.encode_image, []
+    batches = []
 
     def stopping(*said: Any) -> Any:
         batches.append(1)

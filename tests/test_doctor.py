@@ -14,7 +14,8 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.cli import doctor
 from pfedmoap_flwr.cli import main as cli
 from pfedmoap_flwr.clip.weights import held_checkpoint
-from pfedmoap_flwr.data.federated import federated
+from pfedmoap_flwr.data.federated import Federated, federated
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.training import capacity
 from support.federation import Federate
 from support.tiny import NUM_CLIENTS, TINY, frozen_clip
@@ -84,7 +85,7 @@ def test_a_full_disk_is_seen(
     capsys: Printed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert cli.main(["doctor", *WORDS]) == 2
     assert "make room" in capsys.readouterr().err
 
@@ -229,11 +230,13 @@ def test_it_leaves_the_hub_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    seen: list[Any] = []
-    check = doctor._check
-    monkeypatch.setattr(
-        doctor, "_check", lambda *a: (seen.append(datasets.config.HF_HUB_OFFLINE), check(*a))
-    )
+    seen: list[bool] = []
+
+    def looked(data: DataSettings, seed: int) -> Federated:
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return federated(data, seed)
+
+    monkeypatch.setattr(doctor, "federated", looked)
     assert cli.main(["doctor", *WORDS, "data.num-clients=3"]) == 2
     assert seen == [True]
     assert datasets.config.HF_HUB_OFFLINE is False

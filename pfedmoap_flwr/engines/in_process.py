@@ -2,6 +2,9 @@
 
 On the CPU clients run side by side in threads, each on one core: exactly what they compute one by
 one. On CUDA the heads of many clients are stacked and move in the same steps.
+
+Names that Flower does not publish are used in this file alone: Run, TaskIdentity, and a message's
+id, which Flower sets where a message is sent. Checked on flwr 1.42.
 """
 
 import logging

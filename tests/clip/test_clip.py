@@ -205,9 +205,9 @@ def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
         features.append(clip.encoder(names, 4, "end", False)(ctx))
         gradients.append(torch.autograd.grad((features[-1] * target).sum(), ctx)[0].flatten())
     assert features[1].dtype == gradients[1].dtype == torch.float32
-    assert not torch.equal(*features)
+    assert not torch.equal(features[0], features[1])
     torch.testing.assert_close(features[1], features[0], rtol=0, atol=0.02)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
 
 
 def test_one_model_serves_a_process() -> None:

@@ -1,6 +1,5 @@
 """A frozen prompt is encoded once in a process, and what is remembered is right to the last bit."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ def encoder() -> PromptEncoder:
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each call of the text tower gets."""
     counts: list[int] = []
     encode = prefix.encode

@@ -29,6 +29,7 @@ from pfedmoap_flwr.clip.features import (
 )
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.patches import project_positions
+from pfedmoap_flwr.clip.tower import encode_image
 from pfedmoap_flwr.errors import UsageError
 from support.models import make
 from support.tiny import frozen_clip
@@ -51,7 +52,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def towers(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """The image towers that were loaded, to see which of them are alive."""
     loaded = []
-    original = features.FrozenClip.image_tower
+    original = FrozenClip.image_tower
 
     def seen(clip: FrozenClip) -> Any:
         context = original(clip)
@@ -68,7 +69,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 
         return Watch()
 
-    monkeypatch.setattr(features.FrozenClip, "image_tower", seen)
+    monkeypatch.setattr(FrozenClip, "image_tower", seen)
     return loaded
 
 
@@ -343,15 +344,15 @@ def test_whatever_else_is_asked_for_is_computed_anew(
 def _read_elsewhere(cache: str) -> tuple[np.ndarray, int]:
     os.environ["PFEDMOAP_CACHE"] = cache
     computed = []
-    encode_image = features.encode_image
 
     def counting(*args: Any) -> Tensor:
         computed.append(1)
         time.sleep(0.2)
         return encode_image(*args)
 
-    features.encode_image = counting
-    read = read_images(frozen_clip(), pictures(), FEATURES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "encode_image", counting)
+        read = read_images(frozen_clip(), pictures(), FEATURES)
     return read.numpy().copy(), len(computed)
 
 
@@ -368,19 +369,18 @@ def test_a_stopped_pass_over_images_gives_the_same_bytes(
     tiny: FrozenClip, cache: Path, monkeypatch: pytest.MonkeyPatch, towers: list[weakref.ref[Any]]
 ) -> None:
     monkeypatch.setattr(features, "BATCH", 2)
-    original = features.encode_image
     calls = iter([True, False])
 
     def stopped(*args: Any) -> Tensor:
         if next(calls):
-            return original(*args)
+            return encode_image(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(features, "encode_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         read_images(tiny, pictures(), FEATURES)
     assert [tower() for tower in towers] == [None]
-    monkeypatch.setattr(features, "encode_image", original)
+    monkeypatch.setattr(features, "encode_image", encode_image)
     resumed = read_images(tiny, pictures(), FEATURES)
     for path in cache.glob("*.npy"):
         path.unlink()

@@ -14,6 +14,7 @@ from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip import load
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.tower import ImageTower
+from pfedmoap_flwr.clip.weights import load_full_model
 from pfedmoap_flwr.errors import UsageError
 from support.models import MADE, VIT, make, whole
 from support.tiny import frozen_clip
@@ -29,9 +30,9 @@ def tower(request: pytest.FixtureRequest) -> ImageTower:
     return ImageTower(visual_of(request.param), "made")
 
 
-def visual_of(config: dict[str, Any]) -> nn.Module:
+def visual_of(config: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    visual: nn.Module = open_clip.CLIP(**config).visual
+    visual = open_clip.CLIP(**config).visual
     with torch.no_grad():
         for parameter in visual.transformer.parameters():
             parameter.mul_(3)
@@ -108,11 +109,11 @@ def test_shallow_prompts_are_deep_ones_of_one_block(tower: ImageTower) -> None:
 
 def test_fresh_prompts_replace_those_of_the_block_before(tower: ImageTower) -> None:
     prompts = draw(3, P, WIDTH)
-    blocks = tower.visual.transformer.resblocks
+    visual: Any = tower.visual
     seen: list[Tensor] = []
     handles = [
         block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
-        for block in blocks
+        for block in visual.transformer.resblocks
     ]
     tower.encode(PIXELS, prompts)
     for handle in handles:
@@ -194,10 +195,12 @@ def test_the_tower_is_loaded_when_asked_for_and_once(
     tiny: FrozenClip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    original = load.load_full_model
-    monkeypatch.setattr(
-        load, "load_full_model", lambda *args: loaded.append(args) or original(*args)
-    )
+
+    def counted(*arguments: Any) -> Any:
+        loaded.append(arguments)
+        return load_full_model(*arguments)
+
+    monkeypatch.setattr(load, "load_full_model", counted)
     load.forget_clip()
     clip = frozen_clip()
     assert loaded == []
@@ -209,7 +212,7 @@ def test_the_tower_is_loaded_when_asked_for_and_once(
 
 
 def test_a_tower_gives_a_head_no_parameters(tiny: FrozenClip) -> None:
-    head = nn.Module()
+    head: Any = nn.Module()
     head.tower = tiny.tower
     assert list(head.parameters()) == list(head.state_dict()) == []
 

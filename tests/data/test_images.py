@@ -59,7 +59,7 @@ def images() -> ImageData:
         label, domain = cells % CLASSES, cells // CLASSES
         numbers = FIRST[split] + np.arange(len(cells))
         columns = {
-            "image": [picture(*whole) for whole in zip(label, domain, numbers)],  # noqa: B905
+            "image": [picture(int(c), int(d), int(n)) for c, d, n in zip(label, domain, numbers)],  # noqa: B905
             "label": label.tolist(),
             "domain": domain.tolist(),
             "coarse_label": (label // 2).tolist(),

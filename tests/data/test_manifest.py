@@ -13,14 +13,13 @@ from pfedmoap_flwr.data.federated import Federated, federated
 from pfedmoap_flwr.data.images import ImageData, load_anew, load_images
 from pfedmoap_flwr.data.partition import (
     ClientRows,
-    DataSettings,
     class_counts,
     digest,
     manifest,
     partition,
 )
 from pfedmoap_flwr.data.partitioners import CUTS
-from pfedmoap_flwr.data.settings import ImageSettings
+from pfedmoap_flwr.data.settings import DataSettings, ImageSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import server
 from pfedmoap_flwr.training import node

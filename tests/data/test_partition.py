@@ -16,11 +16,11 @@ from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.partition import (
     MIN_TEST,
     ClientRows,
-    DataSettings,
     class_counts,
     partition,
 )
 from pfedmoap_flwr.data.partitioners import CUTS, evenly, nearest
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
 from support.tables import even_table, table
 

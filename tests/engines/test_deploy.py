@@ -85,12 +85,9 @@ def start_nodes(
 
 def run_reference(run_dir: Path) -> RunFolder:
     """Run the same three rounds without interruption in this process."""
-    import client_app
-    import server_app
-
     places = {"run-dir": str(run_dir), "state-dir": str(run_dir / "clients")}
     settings = config.parse({**SETTINGS, **places, "num-server-rounds": 3})
-    run_in_process(server_app.app, client_app.app, settings.flat(), CLIENTS)
+    run_in_process(settings)
     return RunFolder(run_dir)
 
 
@@ -113,8 +110,10 @@ def test_a_restarted_node_finds_its_gate(session: Session) -> None:
     assert [record.round for record in rounds] == [0, 1, 2, 3]
     assert_same_numbers(rounds, session.reference.rounds())
     for client, state in enumerate(session.node_states):
-        deployed = load_file(state / f"run/client-{client}/round-00003.safetensors")
-        kept = session.reference.path / f"clients/reference/client-{client}"
+        deployed = load_file(
+            state / session.run.run_id / f"client-{client}" / "round-00003.safetensors"
+        )
+        kept = session.reference.path / "clients" / session.reference.run_id / f"client-{client}"
         for name, tensor in load_file(kept / "round-00003.safetensors").items():
             assert deployed[name].allclose(tensor, atol=TOLERANCE), name
 

@@ -26,6 +26,7 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.report import tables
 from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.settings import Value
 from support.copies import write_tree
 from support.tiny import TINY
 
@@ -38,7 +39,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context(number: int, folder: Path, flat: dict[str, Any]) -> Context:
-    node = {"partition-id": number, "num-partitions": 9, "data-dir": str(folder)}
+    node: dict[str, Value] = {"partition-id": number, "num-partitions": 9, "data-dir": str(folder)}
     return make_context(FIRST_NODE_ID + number, node, config.parse(flat).flat())
 
 
@@ -138,7 +139,7 @@ def test_another_order_is_told(tmp_path: Path, federation: Federation) -> None:
         """A path may hold another file on another machine."""
 
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            ids = []
+            ids: list[str] = []
             for number, message in enumerate(messages):
                 shutil.copy(lists / f"{number}.txt", shared)
                 ids += super().push_messages([message])

@@ -1,6 +1,5 @@
 """Flower's server rules on what a method averages, against the papers' formulas in NumPy."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,7 @@ from pfedmoap_flwr.engines.in_process import identify
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.rules import FLOWERS, FlowerRule, replace_mean
 from pfedmoap_flwr.methods.base import ServerState, Upload, average
-from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import assert_same, make_method, tensor_files
-
-Federate = Callable[..., RunFolder]
+from support.federation import Federate, assert_same, make_method, tensor_files
 
 
 @pytest.fixture(autouse=True)

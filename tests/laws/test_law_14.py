@@ -18,41 +18,15 @@ from torch.nn import functional as F
 from pfedmoap_flwr import api
 from pfedmoap_flwr.engines.in_process import Workers
 from pfedmoap_flwr.federation import client
-from pfedmoap_flwr.methods.base import Head, Method, Split, Work
+from pfedmoap_flwr.methods.base import Method, Work
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.training import capacity, local, stacked
-from support.federation import Federate, assert_same, make_method, make_work, rounds, tensor_files
+from pfedmoap_flwr.training import local, stacked
+from support.federation import Federate, assert_same, make_method, rounds, tensor_files
 from support.laws import every_method
+from support.works import SIZES, made_works
 
-SIZES = (20, 9, 24, 8, 3)  # batches of 8: whole ones, a rest, less than one
-SHAPES = {"features": (64,), "tokens": (5, 64), "pixels": (3, 16, 16)}
 # What must be stacked, or a GPU would be idle; others may fall back
 STACKABLE = ("fedprox", "pfedmoap", "promptfl")
-
-
-def made_works(method: Method[Any, Any], sizes: Sequence[int] = SIZES) -> list[Work[Any]]:
-    """Clients that differ in all that they learn, in their images and in what they received."""
-    generator = torch.Generator().manual_seed(0)
-    server = method.start()
-    sent = method.send(server, range(len(sizes)), train=True)
-    works = []
-    for client_id, size in enumerate(sizes):
-        head = method.build()
-        learned = {
-            name: parameter.detach() + 0.1 * torch.rand(parameter.shape, generator=generator)
-            for name, parameter in head.named_parameters()
-        }
-        received = {name: learned.get(name, tensor) for name, tensor in sent[client_id].items()}
-        if type(method).__name__ == "PFedMoAP" and client_id % 2:
-            received["experts"] = torch.randn((2, 4, 32), generator=generator)
-        head.load(learned)
-        head.load(received)
-        shape = SHAPES[method.reading.kind]
-        features = F.normalize(torch.randn((size, *shape), generator=generator), dim=-1)
-        labels = torch.randint(0, 4, (size,), generator=generator)
-        images = Split(features, labels)
-        works.append(make_work(method, head, images, received, client_id, server_round=4))
-    return works
 
 
 def alike(method: Method[Any, Any], works: Sequence[Work[Any]]) -> list[list[Work[Any]]]:
@@ -80,7 +54,8 @@ def test_14_stacked_heads_train_as_each_alone(method: str, compat: str) -> None:
     made = make_method(method, compat=compat, lr=0.02, local_epochs=3)
     alone, joint = (made_works(made) for _ in range(2))
     start = [work.head.state() for work in alone]
-    losses, joint_losses = {}, {}
+    losses: dict[int, float | None] = {}
+    joint_losses: dict[int, float | None] = {}
     for work in alone:
         losses |= local.train(made, [work])
     groups = alike(made, joint)
@@ -118,67 +93,6 @@ def test_14_the_order_of_clients_has_no_say_in_their_batches() -> None:
     local.train(made, other[::-1])
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a.head.state(), b.head.state(), rtol=1e-4, atol=1e-5)
-
-
-# What cannot be stacked is found out, each way that went wrong without a word before
-
-
-def refused(method: Method[Any, Any], works: list[Work[Any]], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        stacked.check_stackable(stacked.Stack(method, works), *local.first_images(works, 2))
-
-
-def test_14_a_loss_that_writes_into_a_buffer_is_refused() -> None:
-    method = make_method("promptfl")
-    works = made_works(method)
-    for work in works:
-        work.head.register_buffer("count", torch.zeros(()))
-
-    def counting(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
-        head.count += 1  # type: ignore[operator]
-        return F.cross_entropy(head(features), labels)
-
-    method.loss = counting  # type: ignore[assignment]
-    refused(method, works, "writes into a buffer")
-
-
-def test_14_a_plain_attribute_that_differs_in_the_last_head_is_refused() -> None:
-    method = make_method("promptfl")
-    works = made_works(method)
-    works[-1].head.logit_scale *= 1.5
-    refused(method, works, "not each one's own")
-
-
-def test_14_a_loss_that_counts_the_rows_which_fill_up_a_batch_is_refused() -> None:
-    method = make_method("promptfl")
-
-    def small_term(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
-        return F.cross_entropy(head(features), labels) + 0.01 * features.square().mean()
-
-    method.loss = small_term  # type: ignore[assignment]
-    refused(method, made_works(method), "not each one's own")
-
-
-def test_14_heads_with_other_phases_are_not_alike() -> None:
-    method = make_method("promptfl")
-    one, other = made_works(method)[:2]
-    assert stacked.likeness(method, one) == stacked.likeness(method, other)
-
-    def schedule(head: Head, epochs: int) -> Any:
-        return [(epochs, ("ctx",))] if head is one.head else [(1, ("ctx",)), (epochs, ("ctx",))]
-
-    method.schedule = schedule  # type: ignore[assignment]
-    assert stacked.likeness(method, one) != stacked.likeness(method, other)
-
-
-def test_14_a_phase_without_epochs_moves_nothing() -> None:
-    method = make_method("promptfl")
-    (work, *_) = made_works(method)
-    before = work.head.state()
-    assert local.train(method, [work], [(0, ("ctx",))]) == {0: None}
-    torch.testing.assert_close(work.head.state(), before, rtol=0, atol=0)
-    losses = local.train(method, [work], [(1, ("ctx",)), (0, ("ctx",))])
-    assert losses[0] is not None
 
 
 # In the federation
@@ -311,51 +225,6 @@ def test_14_a_client_that_cannot_be_opened_fails_alone(
     api.execute(api.plan({"resume": str(run.path), "num-server-rounds": 2}))
     assert list(run.rounds()[2].failed) == [2]
     assert max(stacking) >= 3
-
-
-# How many
-
-
-def test_14_saved_bytes_grow_by_the_same_for_every_head() -> None:
-    made = make_method("promptfl")
-    sizes = []
-    for count in (2, 3, 4):
-        works = made_works(made, (8,) * count)
-        stack = stacked.Stack(made, works)
-        sizes.append(capacity.saved_bytes(stack, *local.first_images(works, 8), without=set()))
-    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
-
-
-def test_14_memory_decides_how_many_fit(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widths: list[int] = []
-    side_by_side = Workers.side_by_side
-
-    def noted(self: Workers, requests: Any, at_once: int) -> Any:
-        widths.append(at_once)
-        return side_by_side(self, requests, at_once)
-
-    monkeypatch.setattr(Workers, "side_by_side", noted)
-    monkeypatch.setattr(capacity, "cores", lambda: 3)
-    for memory, expected in ((1, 1), (10**12, 3)):
-        widths.clear()
-        monkeypatch.setattr(capacity, "memory", lambda device, memory=memory: memory)
-        federate(f"{memory}/run", clients_at_once=0, num_server_rounds=1)
-        # introduction, evaluation, training, evaluation
-        assert widths == [1, 3, expected, 3]
-
-
-def test_14_what_a_step_keeps_is_counted_without_the_frozen_weights() -> None:
-    made = make_method("promptfl")
-    works = made_works(made, (8,))
-    stack, batch = stacked.Stack(made, works), local.first_images(works, 8)
-    weights = list(made.clip.model.parameters())
-    places = {p.untyped_storage().data_ptr() for p in weights}
-    with_all = capacity.saved_bytes(stack, *batch, without=set())
-    without = capacity.saved_bytes(stack, *batch, without=places)
-    used = sum(p.untyped_storage().nbytes() for p in weights)
-    assert 0 < without < with_all <= without + used
 
 
 @every_method

@@ -6,6 +6,7 @@ Laws 3, 4 and 5 are in test_laws_of_accidents; law 6, Ray equals in-process, whe
 import ast
 import copy
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -191,12 +192,11 @@ def test_8_renumbering_clients_renumbers_results(
     renumbered(order)
     second = federate("second", **options)
     one, other = checkpoint.load(first.path), checkpoint.load(second.path)
-    close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(other.shared, one.shared, **close)
-    torch.testing.assert_close(other.pool, {i: one.pool[who] for i, who in enumerate(order)
-                                            if who in one.pool}, **close)  # fmt: skip
+    near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    near(other.shared, one.shared)
+    near(other.pool, {i: one.pool[who] for i, who in enumerate(order) if who in one.pool})
     for i, who in enumerate(order):
-        torch.testing.assert_close(kept_head(second, i), kept_head(first, who), **close)
+        near(kept_head(second, i), kept_head(first, who))
     for record, others in zip(first.rounds(), second.rounds(), strict=True):
         assert others.clients == {i: record.clients[who] for i, who in enumerate(order)}
     # Clients that learn anything differ by more than is tolerated, so a mix-up would show

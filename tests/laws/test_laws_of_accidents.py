@@ -215,7 +215,7 @@ def test_5_an_upload_that_is_lost_changes_nothing_else(
 
     class LossyGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            ids = []
+            ids: list[str] = []
             for message in messages:
                 ids += super().push_messages([message])
                 config, node = message.content.get("config", {}), message.metadata.dst_node_id

@@ -1,6 +1,5 @@
 """The abstraction's own promises: hooks, metrics, splits, averages."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,9 @@ from torch import Tensor, nn
 from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.methods.base import Method, ServerState, Split, Upload, Work, average
 from pfedmoap_flwr.methods.promptfl import PromptFL
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training.node import Node
-from support.federation import Exchange, make_method
+from support.federation import Exchange, Federate, make_method
 from support.tiny import NUM_CLIENTS
-
-Federate = Callable[..., RunFolder]
 
 
 def uploads(**values: tuple[float, int]) -> dict[int, Upload]:

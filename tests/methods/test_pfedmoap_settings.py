@@ -149,7 +149,9 @@ def test_a_shared_gate_is_averaged_like_the_prompt(
     }
     assert len(set(sizes.values())) == NUM_CLIENTS
     for name in names:
-        mean = sum(uploads[i][name].double() * n for i, n in sizes.items()) / sum(sizes.values())
+        mean = torch.zeros(server.shared[name].shape, dtype=torch.float64)
+        for i, n in sizes.items():
+            mean += uploads[i][name].double() * (n / sum(sizes.values()))
         torch.testing.assert_close(server.shared[name], mean.float())
     # Where clients differ by far more than rounding, the mean is nobody's own
     apart = (uploads[0]["gate.out.weight"] - uploads[1]["gate.out.weight"]).abs().max()

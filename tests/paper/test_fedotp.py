@@ -1,5 +1,6 @@
 """FedOTP's plan, logits and gradients, against numbers computed from its public code."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,11 +33,11 @@ def test_16_plan_logits_and_gradient_are_those_of_the_public_code(case: Any, clo
     similarity = torch.einsum("bmd,ncd->bcmn", tokens, F.normalize(text, dim=-1))
     plan = transport_plan(similarity, settings["eps"], settings["gamma"], iterations=2000)
     assert not plan.requires_grad
-    near = {"rtol": close, "atol": close}
-    torch.testing.assert_close(plan.flatten(0, 1), numbers(case["plan"]), **near)
-    torch.testing.assert_close(plan.sum(-2).flatten(0, 1), numbers(case["col_sums"]), **near)
+    near = functools.partial(torch.testing.assert_close, rtol=close, atol=close)
+    near(plan.flatten(0, 1), numbers(case["plan"]))
+    near(plan.sum(-2).flatten(0, 1), numbers(case["col_sums"]))
     logits = VECTOR["inputs"]["logit_scale"] * (plan * similarity).sum((-2, -1))
-    torch.testing.assert_close(logits, numbers(case["logits"]), **near)
+    near(logits, numbers(case["logits"]))
     loss = F.cross_entropy(logits, torch.tensor(VECTOR["inputs"]["labels"]))
     assert loss.item() == pytest.approx(case["loss"], rel=close)
     (gradient,) = torch.autograd.grad(loss, text)

@@ -1,6 +1,5 @@
 """FedPer on a prompt: which tokens are shared, which stay, and its two neutral points."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
-
-Federate = Callable[..., RunFolder]
+from support.federation import Exchange, Federate, make_method, rounds
+from support.tiny import NUM_CLIENTS
 
 
 def kept_heads(run: RunFolder, server_round: int) -> list[dict[str, Tensor]]:

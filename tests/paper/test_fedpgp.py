@@ -1,24 +1,22 @@
 """FedPGP's loss and its gradients, against numbers computed from its public code."""
 
-from collections.abc import Callable
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.fedpgp import contrast
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, Federate, make_method, rounds
+from support.oracle import numbers, oracle
+from support.tiny import CLASSNAMES, NUM_CLIENTS
 
 VECTOR = oracle("fedpgp_loss")
-Federate = Callable[..., RunFolder]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr.methods.base import Split
+from pfedmoap_flwr.methods.base import Method, Split
 from pfedmoap_flwr.methods.parts.gate import AttentionGate
-from pfedmoap_flwr.methods.pfedmoap import PFedMoAP, PFedMoAPHead
+from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.training import local
 from support.federation import make_method, make_work
@@ -189,7 +189,7 @@ def made_head(experts: Tensor | None = None, **changes: Any) -> PFedMoAPHead:
     return delivered(method, method.build(), experts)
 
 
-def delivered(method: PFedMoAP, head: PFedMoAPHead, experts: Tensor | None) -> PFedMoAPHead:
+def delivered(method: Method[Any, Any], head: PFedMoAPHead, experts: Tensor | None) -> PFedMoAPHead:
     received = {} if experts is None else {"experts": experts}
     head.load(received)
     make_work(method, head, received=received)
@@ -242,19 +242,20 @@ def test_compat_decides_the_logits() -> None:
 @pytest.mark.parametrize("compat", ["paper", "released"])
 @pytest.mark.parametrize("lambda_", [0.0, 0.5])
 def test_without_experts_logits_are_equation_3(compat: str, lambda_: float) -> None:
-    head = made_head(**{"compat": compat, "pfedmoap.lambda": lambda_})
+    changes: dict[str, Any] = {"compat": compat, "pfedmoap.lambda": lambda_}
+    head = made_head(**changes)
     images = random_images(6)
     expected = head.logit_scale * as_double(images) @ as_double(head.encoder(head.ctx)).T
     np.testing.assert_allclose(as_double(head(images)), expected, rtol=1e-4, atol=1e-5)
-    with_experts = made_head(random_prompts(2), **{"compat": compat, "pfedmoap.lambda": lambda_})
+    with_experts = made_head(random_prompts(2), **changes)
     assert np.abs(as_double(with_experts(images)) - expected).max() > 0.1
 
 
 def test_without_gate_experts_have_no_say() -> None:
-    head = made_head(**{"pfedmoap.gate": "none", "pfedmoap.lambda": 0.5})
+    neutral: dict[str, Any] = {"pfedmoap.gate": "none", "pfedmoap.lambda": 0.5}
+    head = made_head(**neutral)
     assert [name for name, _ in head.named_parameters()] == ["ctx"]
     plain = head(random_images(4))
-    neutral = {"pfedmoap.gate": "none", "pfedmoap.lambda": 0.5}
     with_experts = made_head(random_prompts(2), **neutral)
     torch.testing.assert_close(with_experts(random_images(4)), 0.5 * plain)
 

@@ -1,7 +1,6 @@
 """pFedPrompt, nearest version: a common prompt, and a memory of one's own training images."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +13,11 @@ from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.pfedprompt import PFedPrompt
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.node import node_of
+from support.federation import Exchange, Federate, make_method, make_work, tensor_files
+from support.tiny import NUM_CLIENTS, TINY
 
-Federate = Callable[..., RunFolder]
 WEIGHTS = {"pfedprompt.alpha": 2.0, "pfedprompt.beta": 3.0}
 
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoap_flwr.methods.base import Split
+from pfedmoap_flwr.methods.base import Split, Tensors
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, make_method, make_work, rounds
 
@@ -32,10 +33,10 @@ def test_the_frame_moves_first_then_the_prompt() -> None:
     frames, prompts = [], []
     loss_of = method.loss
 
-    def seen(head: Any, *rest: Any) -> Any:
+    def seen(head: Any, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         frames.append(head.frame.detach().clone())
         prompts.append(head.ctx.detach().clone())
-        return loss_of(head, *rest)
+        return loss_of(head, features, labels, received)
 
     method.loss = seen  # type: ignore[method-assign]
     head = method.build()

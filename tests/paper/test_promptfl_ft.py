@@ -1,6 +1,5 @@
 """PromptFL + FT: trained as PromptFL, and fine-tuned for the personal measurement alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +10,9 @@ from pfedmoap_flwr import config
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.promptfl_ft import PromptFLFT, PromptFLFTSettings
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
-
-Federate = Callable[..., RunFolder]
+from support.federation import Exchange, Federate, make_method, make_work, rounds, tensor_files
+from support.tiny import NUM_CLIENTS
 
 
 def fine_tuner(epochs: int, **changes: Any) -> PromptFLFT:

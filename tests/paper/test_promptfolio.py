@@ -1,22 +1,20 @@
 """PromptFolio's mixture of two text features, against numbers computed from its public code."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import NUM_CLIENTS, Exchange, make_method, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, Federate, make_method, rounds
+from support.oracle import numbers, oracle
+from support.tiny import NUM_CLIENTS
 
 VECTOR = oracle("promptfolio_logits")
-Federate = Callable[..., RunFolder]
 
 
 @pytest.mark.parametrize("case", VECTOR["cases"], ids=lambda case: f"theta={case['theta']}")

@@ -17,6 +17,7 @@ from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 from pfedmoap_flwr.runs.heads import KeptHeads
+from pfedmoap_flwr.settings import Value
 from support.federation import Exchange, Federate, tensor_files
 from support.tiny import TINY
 
@@ -167,7 +168,8 @@ def test_places_may_change_when_a_run_is_resumed(federate: Federate) -> None:
     run = federate("whole", num_server_rounds=1, **SHORT)
     plan = api.plan({"resume": str(run.path), "num-server-rounds": 3, "node-timeout": 5.0})
     assert plan.run_dir == run.path
-    changed = {"num-server-rounds": 3, "node-timeout": 5.0, "min-nodes": 4, "resume": str(run.path)}
+    changed: dict[str, Value] = {"num-server-rounds": 3, "node-timeout": 5.0, "min-nodes": 4}
+    changed["resume"] = str(run.path)
     assert plan.settings == load_settings(run.path).replace(changed)
 
 
@@ -287,7 +289,7 @@ def test_evaluation_writes_and_deletes_nothing(
     before = tensor_files(run)
     flat = {**TINY, **json.loads((run.path / "settings.json").read_text())}
     for exchange in (e for e in wire if e.kind == "evaluate"):
-        node = {"partition-id": exchange.client, "num-partitions": 4}
+        node: dict[str, Value] = {"partition-id": exchange.client, "num-partitions": 4}
         (reply,) = answer([(exchange.message, make_context(1, node, flat))])
         assert reply.has_content()
     # Round 0's question too, which once cleared the heads

@@ -70,7 +70,7 @@ def recording(exchanges: list[Exchange]) -> type[InProcessGrid]:
 
     class RecordingGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            ids = []
+            ids: list[str] = []
             for message in messages:
                 ids += super().push_messages([message])
                 if "arrays" in message.content:

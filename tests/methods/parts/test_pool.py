@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,10 +304,13 @@ def test_a_lazy_pool_is_read_once_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     clients = list(range(0, 3000, 100))
     stacked = []
     stack = torch.stack
+
+    def counted(rows: list[Tensor], **options: Any) -> Tensor:
+        stacked.append(len(rows))
+        return stack(rows, **options)
+
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**16)
-    monkeypatch.setattr(
-        torch, "stack", lambda rows, **options: stacked.append(len(rows)) or stack(rows, **options)
-    )
+    monkeypatch.setattr(torch, "stack", counted)
     found = nearest.nearest(pool, clients, 5)
     monkeypatch.undo()
     assert max(stacked) <= 128
