@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import NUM_CLIENTS, Exchange, make_method, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.runs import checkpoint

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, tensor_files
 from pfedmoap_flwr import config
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.errors import UsageError

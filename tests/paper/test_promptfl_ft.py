@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work, rounds, tensor_files
 from pfedmoap_flwr import config
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
