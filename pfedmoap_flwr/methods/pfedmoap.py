@@ -152,18 +152,30 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
         The pool is the one of the start of the round: `merge` alone writes it, at the end.
         """
         prompts = {i: entry["ctx"] for i, entry in state.pool.items()}
+        borrowers = [client_id for client_id in client_ids if train and client_id in prompts]
+        sent = super().send(state, client_ids, train=train)
+        if self.own.selection == "noise":
+            for client_id in borrowers:
+                sent[client_id]["experts"] = self._noise(state, client_id)
+            return sent
         chosen = select_experts(
             prompts,
-            [client_id for client_id in client_ids if train and client_id in prompts],
+            borrowers,
             self.own.num_experts,
             self.own.selection,
             lambda i: torch_generator(self.settings.seed, "experts", state.round + 1, i),
         )
-        sent = super().send(state, client_ids, train=train)
         for client_id, ids in chosen.items():
             empty = prompts[client_id].new_empty((0, *prompts[client_id].shape))
             sent[client_id]["experts"] = torch.stack([prompts[i] for i in ids]) if ids else empty
         return sent
+
+    def _noise(self, state: ServerState, client_id: int) -> Tensor:
+        """Return prompts (K, M, D) that nobody learned, as many as could be borrowed."""
+        count = min(self.own.num_experts, len(state.pool) - 1)
+        generator = self.generator("noise", client_id, state.round + 1)
+        shape = (count, *state.shared["ctx"].shape)
+        return torch.empty(shape).normal_(std=0.02, generator=generator)
 
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
         """Average, and keep each prompt: pool_t[i] <- P_i^t (Eq. 7)."""

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.methods.parts.gate import AttentionGate, LinearGate
+from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.runs import checkpoint
-from support.federation import Exchange, Federate, make_method
+from support.federation import Exchange, Federate, make_method, make_work
 from support.tiny import NUM_CLIENTS
 
 
@@ -75,6 +78,12 @@ def test_the_schedule_of_every_client_in_every_round(
         ({"prompt.n-ctx": 1}, (1, 32)),
         ({"pfedmoap.gate": "none"}, (4, 32)),
         ({"pfedmoap.gate-shared": True}, (4, 32)),
+        ({"pfedmoap.gate": "linear"}, (4, 32)),
+        ({"pfedmoap.gate-frozen": True}, (4, 32)),
+        ({"pfedmoap.score-scale": 10.0, "pfedmoap.scale-learned": True}, (4, 32)),
+        ({"pfedmoap.unit-scores": True}, (4, 32)),
+        ({"pfedmoap.selection": "cosine"}, (4, 32)),
+        ({"pfedmoap.selection": "noise"}, (4, 32)),
         ({"pfedmoap.d-gating": 64, "pfedmoap.heads": 1}, (4, 32)),
         ({"data.shots": 1}, (4, 32)),
         ({"data.partition": "pathological"}, (4, 32)),
@@ -151,3 +160,93 @@ def test_a_shared_gate_is_averaged_like_the_prompt(
     # What came down overwrote the client's own
     down = [e.down for e in trained(wire) if e.round == 2]
     assert all(torch.equal(d["gate.out.bias"], down[0]["gate.out.bias"]) for d in down)
+
+
+# Controls and ablations
+
+
+def test_the_linear_gate_is_a_mixture_by_hand() -> None:
+    gate = LinearGate(4, num_experts=2, generator=torch_generator(0)).double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    experts = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+    weight, bias = gate.weigh.weight.detach().numpy(), gate.weigh.bias.detach().numpy()
+    for count in (3, 2):
+        expected = np.zeros((3, 5, 4))
+        for b in range(3):
+            scores = np.exp(weight[:count] @ images[b].numpy() + bias[:count])
+            for k in range(count):
+                expected[b] += scores[k] / scores.sum() * experts[k].numpy()
+        found = gate(images, experts[:count]).detach().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_unit_scores_are_cosines_times_the_scale() -> None:
+    gate = AttentionGate(8, 2, torch_generator(0), 3.0, unit=True).double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    texts = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
+    found = gate.attention(images, texts).detach().numpy()
+    query, key = gate.query(images).detach().numpy(), gate.key(texts).detach().numpy()
+    for head, part in enumerate((slice(0, 4), slice(4, 8))):
+        for b in range(2):
+            for c in range(4):
+                q, ks = query[b, part], key[:, c, part]
+                cosines = ks @ q / np.linalg.norm(ks, axis=1) / np.linalg.norm(q)
+                scores = np.exp(3.0 * cosines)
+                np.testing.assert_allclose(found[head, b, :, c], scores / scores.sum(), atol=1e-12)
+
+
+def test_a_learned_scale_starts_where_it_is_set_and_moves() -> None:
+    method = make_method(
+        "pfedmoap", **{"pfedmoap.score-scale": 5.0, "pfedmoap.scale-learned": True}
+    )
+    head = method.build()
+    assert isinstance(head.gate, AttentionGate)
+    assert head.gate.log_scale.exp().item() == pytest.approx(5.0)
+    fixed = make_method("pfedmoap", **{"pfedmoap.score-scale": 5.0}).build()
+    experts = torch.randn(2, 4, 32)
+    images = torch.randn(6, 64)
+    logits = []
+    for one, its in ((head, method), (fixed, method)):
+        one.load({"experts": experts})
+        make_work(its, one)
+        logits.append(one(images))
+    torch.testing.assert_close(logits[0], logits[1])
+    logits[0].square().sum().backward()
+    assert head.gate.log_scale.grad is not None
+    assert head.gate.log_scale.grad.abs() > 0
+
+
+def test_a_frozen_gate_stays_as_it_starts(federate: Federate) -> None:
+    run = federate(num_server_rounds=3, flat={"pfedmoap.gate-frozen": True})
+    start = make_method("pfedmoap").build().state()
+    for path in run.path.rglob("round-00003.safetensors"):
+        kept = load_file(path)
+        for name in (n for n in kept if n.startswith("gate.")):
+            assert torch.equal(kept[name], start[name])
+        assert not torch.equal(kept["ctx"], start["ctx"])
+
+
+def test_noise_is_nobodys_prompt_and_its_own_in_every_round(
+    federate: Federate, wire: list[Exchange]
+) -> None:
+    federate(num_server_rounds=3, flat={"pfedmoap.selection": "noise"})
+    prompts = [e.up["ctx"] for e in trained(wire)]
+    seen = [expert for e in trained(wire) for expert in e.down.get("experts", [])]
+    assert len(seen) == 2 * NUM_CLIENTS * 2
+    assert len({expert.numpy().tobytes() for expert in seen}) == len(seen)
+    assert not any(torch.equal(expert, prompt) for expert in seen for prompt in prompts)
+    assert torch.stack(seen).std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_cosine_chooses_by_direction(federate: Federate, wire: list[Exchange]) -> None:
+    options = {"data.num-clients": 6, "pfedmoap.selection": "cosine"}
+    federate(num_server_rounds=2, lr=0.05, flat=options)
+    pool = {e.client: e.up["ctx"].double().flatten() for e in trained(wire) if e.round == 1}
+    for exchange in (e for e in trained(wire) if e.round == 2):
+        mine = pool[exchange.client]
+        cosine = {i: float(mine @ p / mine.norm() / p.norm()) for i, p in pool.items()}
+        others = sorted((i for i in pool if i != exchange.client), key=lambda i: -cosine[i])
+        for expert, owner in zip(exchange.down["experts"], others[:2], strict=True):
+            assert torch.equal(expert.double().flatten(), pool[owner])

@@ -1,5 +1,6 @@
 """PromptFolio's mixture of two text features, against numbers computed from its public code."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -28,16 +29,16 @@ def test_16_logits_loss_and_gradients_are_those_of_the_public_code(case: dict[st
     of_prompt = {id(head.ctx): shared, id(head.local): local}
     head.encoder = lambda prompt: F.normalize(of_prompt[id(prompt)], dim=-1)
     head.logit_scale = inputs["logit_scale"]
-    close = {"rtol": 1e-6, "atol": 1e-6}
+    near = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
     norms = head.encode().norm(dim=-1)
-    torch.testing.assert_close(norms, numbers(case["mixed_norm"]), **close)
+    near(norms, numbers(case["mixed_norm"]))
     image, labels = numbers(inputs["image"]), torch.tensor(inputs["labels"])
-    torch.testing.assert_close(head(image), numbers(case["logits"]), **close)
+    near(head(image), numbers(case["logits"]))
     loss = method.loss(head, image, labels, {})
     assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
     gradients = torch.autograd.grad(loss, texts)
     for gradient, name in zip(gradients, ("grad_global", "grad_local"), strict=True):
-        torch.testing.assert_close(gradient, numbers(case[name]), **close)
+        near(gradient, numbers(case[name]))
 
 
 @pytest.mark.parametrize("theta", [0.3, 1.0])

@@ -30,7 +30,7 @@ def forget_data() -> None:
 
 def make_method(name: str, **changes: Any) -> Method[Any, Any]:
     """A method with the tiny settings, the tiny CLIP and the tiny data set's classes."""
-    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    changes = {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
     settings = config.parse({**TINY, "method": name, **changes})
     clip = load_clip(settings.clip, "cpu")
     task = Task(tuple(CLASSNAMES), "a drawing of {}.")

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.parts.nearest import nearest
 
-Selection = Literal["knn", "random", "farthest"]
+Selection = Literal["knn", "random", "farthest", "cosine"]
 
 
 def select_experts(
@@ -22,11 +23,15 @@ def select_experts(
     """Return the ids whose prompts each client borrows: K of them, or all others where fewer.
 
     knn: nearest to the client's own old entry by the l2 distance between prompts (Alg. 1: Q_i over
-    pool_{t-1}); farthest: the reverse; random: drawn by `generator(client)`, uniformly, without
-    repeats. Nearest (farthest) first, ties broken by the lower id. A client never gets itself.
+    pool_{t-1}); farthest: the reverse; cosine: nearest by direction alone; random: drawn by
+    `generator(client)`, uniformly, without repeats. Nearest (farthest) first, ties broken by the
+    lower id. A client never gets itself.
 
     Raises KeyError where a client has no entry yet.
     """
+    if selection == "cosine":
+        # The nearest of unit-norm prompts have the greatest cosines
+        pool = {i: F.normalize(prompt.double().flatten(), dim=0) for i, prompt in pool.items()}
     if selection != "random":
         return nearest(pool, clients, num_experts, farthest=selection == "farthest")
     ids = sorted(pool)
