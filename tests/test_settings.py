@@ -207,6 +207,7 @@ print("torch" in sys.modules, "pfedmoap_flwr.methods.pfedmoap" in sys.modules)
 """
 
 
+@pytest.mark.processes
 def test_a_wrong_setting_is_refused_before_anything_heavy_is_imported() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", REFUSED], cwd=PYPROJECT.parent, capture_output=True, text=True

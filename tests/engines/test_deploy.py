@@ -17,6 +17,8 @@ from pfedmoap_flwr.runs.record import Round
 from support.deployment import Processes, accuracies, losses, processes, stop, wait_for_port
 from support.tiny import TINY
 
+pytestmark = pytest.mark.processes
+
 CLIENTS = 2
 SETTINGS: dict[str, Any] = {
     **TINY,

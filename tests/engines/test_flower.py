@@ -24,6 +24,8 @@ from support.deployment import (
 from support.federation import Federate
 from support.tiny import NUM_CLIENTS, TINY
 
+pytestmark = pytest.mark.processes
+
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
 RAY = [*PFEDMOAP, "run", "--engine", "ray"]
 STOP_SECONDS = 20.0

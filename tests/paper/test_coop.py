@@ -5,16 +5,9 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
-from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.training import local
-from support.federation import Exchange, Federate, make_method, make_work
+from support.federation import Exchange, Federate, kept_head, make_method, make_work
 from support.tiny import NUM_CLIENTS
-
-
-def kept(run: RunFolder, client_id: int, server_round: int) -> torch.Tensor:
-    (folder,) = run.path.rglob(f"client-{client_id}")
-    return (KeptHeads(folder).load(before=server_round + 1) or {})["ctx"]
 
 
 def test_16_nothing_travels(federate: Federate, wire: list[Exchange]) -> None:
@@ -38,14 +31,14 @@ def test_16_two_rounds_of_one_epoch_are_two_epochs(federate: Federate) -> None:
     fresh = make_method("coop").build().ctx.detach()
     prompts = []
     for client_id in range(NUM_CLIENTS):
-        after = kept(twice, client_id, 2)
-        torch.testing.assert_close(after, kept(once, client_id, 1), rtol=0, atol=1e-6)
+        after = kept_head(twice, client_id)["ctx"]
+        torch.testing.assert_close(after, kept_head(once, client_id)["ctx"], rtol=0, atol=1e-5)
         # A second round that began anew would end where the first one did
-        assert (after - kept(twice, client_id, 1)).abs().max() > 1e-5
-        assert (after - fresh).abs().max() > 1e-5
+        assert (after - kept_head(twice, client_id, after=1)["ctx"]).abs().max() > 1e-3
+        assert (after - fresh).abs().max() > 1e-3
         prompts.append(after)
     for i in range(NUM_CLIENTS):
-        assert all((prompts[i] - prompts[j]).abs().max() > 1e-5 for j in range(i))
+        assert all((prompts[i] - prompts[j]).abs().max() > 1e-3 for j in range(i))
 
 
 def test_16_the_loss_is_the_cross_entropy_of_cosines_over_tau() -> None:
