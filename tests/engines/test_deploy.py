@@ -99,7 +99,7 @@ def assert_same_numbers(deployed: list[Round], expected: list[Round]) -> None:
     assert losses(deployed) == pytest.approx(losses(expected), abs=TOLERANCE)
 
 
-def test_two_rounds_equal_in_process(session: Session) -> None:
+def test_6_two_rounds_equal_in_process(session: Session) -> None:
     assert session.statuses[0] == "finished:completed"
     assert not any(record.failed for record in session.first_rounds)
     assert [record.round for record in session.first_rounds] == [0, 1, 2]

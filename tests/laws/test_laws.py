@@ -265,7 +265,7 @@ def another(field: FieldInfo) -> Any:
         return not value
     if isinstance(value, str):
         return 'C:\\runs\\"a {}"\t\n=# ä'
-    return value + 1 if isinstance(value, int) else value * 0.7
+    return value + 1 if isinstance(value, int) else value * 0.7 or 0.7
 
 
 def changed(method: str) -> dict[str, Any]:
