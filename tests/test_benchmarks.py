@@ -10,6 +10,8 @@ import pytest
 
 from support import ROOT
 
+pytestmark = pytest.mark.processes
+
 QUICK = {
     # benchmark: how many cells of each kind its quick run has
     "step": {"images": 1, "agreement": 1, "step": 2, "delivery": 1, "peak": 1, "10 prompts": 1},

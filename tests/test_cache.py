@@ -164,6 +164,7 @@ def _killed(cache: str) -> None:
     kept_blocks(compute)
 
 
+@pytest.mark.processes
 def test_a_killed_writer_stops_nobody(cache: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_killed, args=(str(cache),))
     process.start()

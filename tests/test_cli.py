@@ -242,6 +242,7 @@ def python(code: str, arguments: Sequence[str] = (), **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
@@ -261,10 +262,12 @@ def test_help_and_wrong_settings_load_nothing_heavy(arguments: str, status: int)
     assert python(LOADED, arguments.split()) == str(status)
 
 
+@pytest.mark.processes
 def test_what_is_loaded_is_seen() -> None:
     assert python("import torch\n" + LOADED, ["--help"]).startswith("0 torch")
 
 
+@pytest.mark.processes
 def test_the_package_itself_is_light() -> None:
     code = f"import sys, pfedmoap_flwr; print([n for n in {HEAVY} if n in sys.modules])"
     assert python(code) == "[]"
@@ -277,6 +280,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == f"pfedmoap-flwr {version('pfedmoap-flwr')}\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

@@ -134,7 +134,7 @@ def test_tables_are_those_of_the_chosen_method_and_of_the_keys_that_are_given() 
 
 def test_a_method_shares_its_name_with_no_part() -> None:
     parts = {key.split(".")[0] for key in fields(config.Settings) if "." in key}
-    assert parts == {"prompt", "clip", "data"}
+    assert parts == {"prompt", "clip", "data", "server"}
     assert parts.isdisjoint(methods.names())
 
 
@@ -207,6 +207,7 @@ print("torch" in sys.modules, "pfedmoap_flwr.methods.pfedmoap" in sys.modules)
 """
 
 
+@pytest.mark.processes
 def test_a_wrong_setting_is_refused_before_anything_heavy_is_imported() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", REFUSED], cwd=PYPROJECT.parent, capture_output=True, text=True

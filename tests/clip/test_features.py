@@ -356,6 +356,7 @@ def _read_elsewhere(cache: str) -> tuple[np.ndarray, int]:
     return read.numpy().copy(), len(computed)
 
 
+@pytest.mark.processes
 def test_of_processes_that_start_at_once_one_computes(cache: Path) -> None:
     with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
         read = list(pool.map(_read_elsewhere, [str(cache)] * 4))

@@ -17,6 +17,8 @@ from pfedmoap_flwr.runs.record import Round
 from support.deployment import Processes, accuracies, losses, processes, stop, wait_for_port
 from support.tiny import TINY
 
+pytestmark = pytest.mark.processes
+
 CLIENTS = 2
 SETTINGS: dict[str, Any] = {
     **TINY,
@@ -97,7 +99,7 @@ def assert_same_numbers(deployed: list[Round], expected: list[Round]) -> None:
     assert losses(deployed) == pytest.approx(losses(expected), abs=TOLERANCE)
 
 
-def test_two_rounds_equal_in_process(session: Session) -> None:
+def test_6_two_rounds_equal_in_process(session: Session) -> None:
     assert session.statuses[0] == "finished:completed"
     assert not any(record.failed for record in session.first_rounds)
     assert [record.round for record in session.first_rounds] == [0, 1, 2]

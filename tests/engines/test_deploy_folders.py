@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pfedmoap_flwr.engines.simulation import free_port
 from pfedmoap_flwr.runs.folder import RunFolder
 from support.copies import write_tree
 from support.deployment import processes, wait_for_port
 from support.tiny import TINY
+
+pytestmark = pytest.mark.processes
 
 SETTINGS: dict[str, Any] = {
     **TINY,

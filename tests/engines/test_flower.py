@@ -24,6 +24,8 @@ from support.deployment import (
 from support.federation import Federate
 from support.tiny import NUM_CLIENTS, TINY
 
+pytestmark = pytest.mark.processes
+
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
 RAY = [*PFEDMOAP, "run", "--engine", "ray"]
 STOP_SECONDS = 20.0
@@ -63,7 +65,7 @@ def assert_same_numbers(run: RunFolder, expected: RunFolder) -> None:
     assert losses(run.rounds()) == pytest.approx(losses(expected.rounds()), rel=1e-4)
 
 
-def test_ray_equals_in_process(embedded_in_process: RunFolder, tmp_path: Path) -> None:
+def test_6_ray_equals_in_process(embedded_in_process: RunFolder, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with processes(tmp_path, PFEDMOAP_ASSETS=None) as started:
         done = started.run([*RAY, *words(EMBEDDED, run_dir)])

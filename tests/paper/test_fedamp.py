@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import ServerState, Upload
 from pfedmoap_flwr.methods.fedamp import cloud, mix
-from pfedmoap_flwr.runs.heads import KeptHeads
-from support.federation import Exchange, Federate, make_method
+from support.federation import Exchange, Federate, kept_head, make_method
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -108,8 +107,5 @@ def test_9_listening_to_nobody_it_is_local_training(
     ours = federate("ours", method="fedamp", flat=neutral, num_server_rounds=3)
     theirs = federate("theirs", method="coop", num_server_rounds=3)
     for i in range(NUM_CLIENTS):
-        kept = []
-        for run in (ours, theirs):
-            (folder,) = run.path.rglob(f"client-{i}")
-            kept.append(KeptHeads(folder).load(before=100) or {})
+        kept = [kept_head(run, i) for run in (ours, theirs)]
         assert torch.equal(kept[0]["ctx"], kept[1]["ctx"])

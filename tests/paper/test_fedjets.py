@@ -95,4 +95,6 @@ def test_a_round_trains_the_experts_that_came_and_no_other(
 
 def test_more_experts_than_there_are_is_all_of_them() -> None:
     method = make_method("fedjets", **{"fedjets.top": 9})
-    assert method.choose(method.start(), 0) == [0, 1, 2, 3, 4]
+    sent = method.send(method.start(), [0], train=True)[0]
+    assert sent["which"].tolist() == [0, 1, 2, 3, 4]
+    assert sent.keys() == {"gate", "which", *(f"experts.{i}" for i in range(5))}

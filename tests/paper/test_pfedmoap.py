@@ -14,17 +14,10 @@ from pfedmoap_flwr.federation.strategy import PromptStrategy
 from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
-from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.node import node_of
-from support.federation import Exchange, Federate, make_method, make_work
+from support.federation import Exchange, Federate, kept_head, make_method, make_work
 from support.tiny import NUM_CLIENTS, TINY
-
-
-def kept_head(run: RunFolder, client: int, server_round: int) -> dict[str, Tensor]:
-    (folder,) = run.path.rglob(f"client-{client}")
-    return KeptHeads(folder).load(before=server_round + 1) or {}
 
 
 def trained(wire: list[Exchange]) -> list[Exchange]:

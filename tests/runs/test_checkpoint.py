@@ -1,6 +1,5 @@
 """What is on disk: the server's checkpoint and the clients' kept heads, whole or not at all."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ import torch
 from torch import Tensor
 
 from pfedmoap_flwr import api
-from pfedmoap_flwr.engines.in_process import make_context
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation.client import answer
 from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 from pfedmoap_flwr.runs.heads import KeptHeads
 from pfedmoap_flwr.settings import Value
-from support.federation import Exchange, Federate, tensor_files
-from support.tiny import TINY
+from support.federation import Federate, tensor_files
 
 SHORT = {"local_epochs": 1, "batch_size": 16}
 
@@ -280,18 +276,3 @@ def test_a_message_that_names_a_path_as_its_run_is_refused(
     with pytest.raises(UsageError, match="32 hexadecimal digits"):
         federate("run", num_server_rounds=1, **SHORT)
     assert list(tmp_path.rglob("*elsewhere*")) == []
-
-
-def test_evaluation_writes_and_deletes_nothing(
-    federate: Federate, wire: list[Exchange], tmp_path: Path
-) -> None:
-    run = federate("run", num_server_rounds=2, **SHORT)
-    before = tensor_files(run)
-    flat = {**TINY, **json.loads((run.path / "settings.json").read_text())}
-    for exchange in (e for e in wire if e.kind == "evaluate"):
-        node: dict[str, Value] = {"partition-id": exchange.client, "num-partitions": 4}
-        (reply,) = answer([(exchange.message, make_context(1, node, flat))])
-        assert reply.has_content()
-    # Round 0's question too, which once cleared the heads
-    assert {e.round for e in wire if e.kind == "evaluate"} == {0, 1, 2}
-    assert tensor_files(run) == before

@@ -16,6 +16,7 @@ from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.federation.client import forget_runs
 from pfedmoap_flwr.methods.base import Head, Method, Split, Work
 from pfedmoap_flwr.runs.folder import RunFolder
+from pfedmoap_flwr.runs.heads import KeptHeads
 from support.tiny import CLASSNAMES, TINY
 
 Federate = Callable[..., RunFolder]
@@ -91,6 +92,29 @@ def _exchange(message: Message, reply: Message) -> Exchange:
         message=message,
         reply=reply,
     )
+
+
+def kept_head(run: RunFolder, client_id: int, after: int = 1000) -> dict[str, Tensor]:
+    """Return the head that a client kept after a round, or after its last one."""
+    (folder,) = run.path.rglob(f"client-{client_id}")
+    return KeptHeads(folder).load(before=after + 1) or {}
+
+
+def right_images(run: RunFolder) -> dict[tuple[int, int, str], int]:
+    """Return how many images each accuracy counted, by (round, client, metric).
+
+    Rounding may move an image across the border between two classes; so compare with abs=1 where
+    two runs are not bitwise equal.
+    """
+    rows = {row["client"]: row for row in run.clients()}
+    return {
+        (record.round, client_id, name): round(
+            value * rows[client_id]["validation" if "validation" in name else "test"]
+        )
+        for record in run.rounds()
+        for client_id, metrics in record.clients.items()
+        for name, value in metrics.items()
+    }
 
 
 def rounds(run: RunFolder) -> list[dict[str, Any]]:

@@ -4,4 +4,13 @@ import pytest
 
 from pfedmoap_flwr import methods
 
-every_method = pytest.mark.parametrize("method", methods.names())
+QUICK = "pfedmoap"
+"""The method whose laws `make test-quick` checks; it has something of everything."""
+
+every_method = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow)
+        for name in methods.names()
+    ],
+)

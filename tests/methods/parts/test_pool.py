@@ -322,11 +322,22 @@ def test_a_lazy_pool_is_read_once_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
         assert found[client] == order[order != client][:5].tolist()
 
 
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are made float64 at a time from now on, which is done to measure them."""
+    measured: list[int] = []
+    double = Tensor.double
+
+    def counted(rows: Tensor) -> Tensor:
+        measured.append(len(rows))
+        return double(rows)
+
+    monkeypatch.setattr(Tensor, "double", counted)
+    return measured
+
+
 @pytest.mark.usefixtures("bounds")
 def test_memory_stays_small_where_no_bound_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    double = Tensor.double
-    monkeypatch.setattr(Tensor, "double", lambda rows: measured.append(len(rows)) or double(rows))
+    measured = count_rows(monkeypatch)
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**9)
     # Less apart than float32 can bound, and in the order that is worst: ever nearer
     first, last = torch.full((4,), 0.1), torch.full((4,), 7.0)
@@ -374,14 +385,12 @@ def test_squares_below_the_range_of_float32(unit: float) -> None:
 
 
 def test_one_huge_prompt_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    double = Tensor.double
     generator = torch.Generator().manual_seed(0)
     pool = {client: torch.randn(64, generator=generator) for client in range(2000)}
     pool[1000] = torch.full((64,), 3e38)
     clients = list(range(0, 2000, 100))
     monkeypatch.setattr(nearest, "BLOCK_NUMBERS", 2**14)
-    monkeypatch.setattr(Tensor, "double", lambda rows: measured.append(len(rows)) or double(rows))
+    measured = count_rows(monkeypatch)
     found = nearest.nearest(pool, clients, 3)
     monkeypatch.undo()
     assert found == brute_force(pool, 3, "knn", clients)
