@@ -1,0 +1,24 @@
+"""Sums over a client's images from which class means and covariances follow, whoever adds them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def class_sums(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Return N_c (C,) and A_c = SUM x (C, d) of the images of each class, in float64."""
+    member = F.one_hot(labels, n_classes).double()
+    return member.sum(0), member.t() @ features.double()
+
+
+def class_means(counts: Tensor, sums: Tensor) -> Tensor:
+    """Return mu_c = A_c / N_c (C, d); 0 for a class without images."""
+    return sums / counts.clamp_min(1)[:, None]
+
+
+def pooled_means(counts: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    """Return the class means (C, d) over all clients, of each one's N_c (C,) and mu_c (C, d)."""
+    sums = [n.double()[:, None] * mean for n, mean in zip(counts, means, strict=True)]
+    return class_means(torch.stack(list(counts)).double().sum(0), torch.stack(sums).sum(0))
