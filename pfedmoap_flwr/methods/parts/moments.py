@@ -22,3 +22,16 @@ def pooled_means(counts: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
     """Return the class means (C, d) over all clients, of each one's N_c (C,) and mu_c (C, d)."""
     sums = [n.double()[:, None] * mean for n, mean in zip(counts, means, strict=True)]
     return class_means(torch.stack(list(counts)).double().sum(0), torch.stack(sums).sum(0))
+
+
+def second_moments(features: Tensor, labels: Tensor, n_classes: int, of: str) -> Tensor:
+    """Return second moments in float64: of "lda" SUM x x' (d, d) over all images.
+
+    Of "qda" SUM_c x x' (C, d, d) for each class, of "nb" its diagonals SUM_c x^2 (C, d).
+    """
+    x = features.double()
+    if of == "lda":
+        return x.t() @ x
+    if of == "nb":
+        return class_sums(x.square(), labels, n_classes)[1]
+    return torch.stack([x[labels == c].t() @ x[labels == c] for c in range(n_classes)])
