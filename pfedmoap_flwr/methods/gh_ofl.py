@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pfedmoap_flwr.methods.base import Head, Method, ServerState, Upload, Work
 from pfedmoap_flwr.methods.parts.gaussian import add_once, fit
-from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, second_moments
+from pfedmoap_flwr.methods.parts.moments import class_means, statistics
 from pfedmoap_flwr.settings import Section, setting
 
 HEAD = ("weight", "bias", "curvature")
@@ -78,10 +78,7 @@ class GHOFL(Method[GHOFLSettings, GHOFLHead]):
 
     def statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return what goes up of images (n, d) and labels (n,)."""
-        counts, sums = class_sums(features, labels, len(self.task.classnames))
-        second = second_moments(features, labels, len(counts), self.own.head)
-        sent = {"counts": counts, "sums": sums, "moments": second}
-        return {name: tensor.float().cpu() for name, tensor in sent.items()}
+        return statistics(features, labels, len(self.task.classnames), self.own.head)
 
     def upload(self, work: Work[GHOFLHead]) -> dict[str, Tensor]:
         """Return the statistics of the client's training images."""

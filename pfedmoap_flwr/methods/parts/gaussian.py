@@ -1,4 +1,6 @@
-"""Gaussian classifiers from sums over images (GH-OFL, ICLR 2026, arXiv 2602.01186), in float64.
+"""Gaussian classifiers from sums over images, in float64.
+
+GH-OFL (ICLR 2026, arXiv 2602.01186) and TOFA (AAAI 2026, arXiv 2511.16423).
 
 N_c (C,) images of class c with the mean mu_c (C, d), and their moments: M = SUM x x' (d, d) of all
 images, or M_c = SUM_c x x' (C, d, d), or the diagonals of M_c (C, d). A classifier is
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pfedmoap_flwr.methods.base import ServerState, Upload
+from pfedmoap_flwr.methods.parts.moments import class_means
 
 RIDGE = 1e-6
 SMALLEST_SHARE = 1e-12
@@ -94,3 +97,15 @@ def fit(
     if kind == "nb":
         return fit_nb(counts, means, moments)
     return (fit_lda if kind == "lda" else fit_qda)(counts, means, moments, share)
+
+
+def fit_posterior(statistics: Mapping[str, Tensor], prior: float) -> dict[str, Tensor]:
+    """Return lda's classifier with a spherical prior on the covariance, as of nu = prior d images.
+
+    S = (scatter + nu tau I) / (N + nu), tau the mean variance. `statistics`: counts, sums, moments;
+    counts may be fractions. The result is float32.
+    """
+    counts, sums, moment = (statistics[name].double() for name in ("counts", "sums", "moments"))
+    means, n, nu = class_means(counts, sums), counts.sum(), prior * sums.shape[1]
+    covariance = shrunk(scatter(counts, means, moment) / n, float(nu / (n + nu)))
+    return {name: t.float() for name, t in linear(counts, means, covariance).items()}

@@ -14,14 +14,25 @@ def class_sums(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor
 
 
 def class_means(counts: Tensor, sums: Tensor) -> Tensor:
-    """Return mu_c = A_c / N_c (C, d); 0 for a class without images."""
-    return sums / counts.clamp_min(1)[:, None]
+    """Return mu_c = A_c / N_c (C, d); 0 for a class without images. Counts may be fractions."""
+    return sums / torch.where(counts > 0, counts, 1)[:, None]
 
 
 def pooled_means(counts: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
     """Return the class means (C, d) over all clients, of each one's N_c (C,) and mu_c (C, d)."""
     sums = [n.double()[:, None] * mean for n, mean in zip(counts, means, strict=True)]
     return class_means(torch.stack(list(counts)).double().sum(0), torch.stack(sums).sum(0))
+
+
+def statistics(features: Tensor, labels: Tensor, n_classes: int, of: str) -> dict[str, Tensor]:
+    """Return what a client sends for a Gaussian classifier of a kind, float32 on the CPU.
+
+    `counts` (C,), `sums` (C, d), and `moments` as `second_moments` has them.
+    """
+    counts, sums = class_sums(features, labels, n_classes)
+    second = second_moments(features, labels, n_classes, of)
+    sent = {"counts": counts, "sums": sums, "moments": second}
+    return {name: tensor.float().cpu() for name, tensor in sent.items()}
 
 
 def second_moments(features: Tensor, labels: Tensor, n_classes: int, of: str) -> Tensor:
