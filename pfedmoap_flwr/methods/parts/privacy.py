@@ -29,6 +29,32 @@ def clipped(largest: float, *parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part * scale.view(-1, *[1] * (part.dim() - 1)) for part in parts)
 
 
+def clipped_mean(gradients: Tensor, largest: float) -> Tensor:
+    """Return the mean (...) of gradients (B, ...), each shortened to `largest` where it is longer."""
+    return clipped(largest, gradients)[0].mean(0)
+
+
+def privatised(
+    losses: Tensor, parameter: Tensor, largest: float, noise: float, generator: torch.Generator
+) -> Tensor:
+    """Return the mean of losses (B,) with a private gradient for one parameter.
+
+    Its gradient there is the mean of each image's own gradient, clipped, plus
+    N(0, (noise largest / B)^2) in every entry (Abadi et al., CCS 2016, arXiv 1607.00133). Every
+    other parameter has the usual gradient, and the value is the usual one.
+    """
+    each = torch.autograd.grad(
+        losses,
+        parameter,
+        torch.eye(len(losses), dtype=losses.dtype, device=losses.device),
+        retain_graph=True,
+        is_grads_batched=True,
+    )[0]
+    drawn = gaussian(parameter, noise * largest / len(losses), generator)
+    shift = ((clipped_mean(each, largest) + drawn - each.mean(0)) * parameter).sum()
+    return losses.mean() + shift - shift.detach()
+
+
 def gaussian(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """Return N(0, std^2) in every entry, of the shape and on the device of `like`."""
     return (std * torch.randn(like.shape, generator=generator)).to(like)

@@ -1,0 +1,23 @@
+"""Small networks behind the image tower; they take its features as they are, not normalised."""
+
+import torch
+from torch import Tensor, nn
+
+from pfedmoap_flwr.methods.parts.gate import linear
+
+
+class AttentionAdapter(nn.Module):
+    """FedCLIP's adapter (Lu et al., 2023, arXiv 2302.13485), which Fed-MP uses too.
+
+    a(x) = softmax(W2 tanh(W1 x + b1) + b2) over the d entries, and x becomes a(x) * x.
+    """
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = linear(width, width, generator)
+        self.outer = linear(width, width, generator)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return a(x) * x (..., d) of image features (..., d)."""
+        attention = self.outer(self.inner(image_features).tanh()).softmax(-1)
+        return attention * image_features
