@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work
 from oracle import numbers, oracle
 from torch.nn import functional as F
 
+from conftest import NUM_CLIENTS, Exchange, make_method, make_work
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload
 from pfedmoap_flwr.methods.fedclip import FedCLIP

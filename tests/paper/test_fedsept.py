@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, tensor_files
 from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, tensor_files
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.fedsept import Router, mean_overlap

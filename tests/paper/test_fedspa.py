@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, make_work
 from oracle import numbers, oracle
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, make_work
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.alignment import align, info_nce
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means

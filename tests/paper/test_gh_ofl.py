@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, rounds
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor
 
+from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, rounds
 from pfedmoap_flwr import config
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload

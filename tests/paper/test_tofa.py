@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work, rounds
 from torch import Tensor
 from torch.nn import functional as F
 
+from conftest import NUM_CLIENTS, Exchange, make_method, make_work, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.gaussian import fit_posterior
