@@ -122,7 +122,7 @@ def order_of_images(seed: int, number: int, server_round: int) -> tuple[int, ...
         seen.extend(labels.tolist())
         return features.sum() * sum(parameter.sum() for parameter in head.parameters())
 
-    method.loss = loss  # type: ignore[method-assign]
+    method.loss = loss
     data = Split(torch.ones(20, 64), torch.arange(20))
     work = make_work(method, method.build(), data, client_id=number, server_round=server_round)
     local.train(method, [work])

@@ -36,7 +36,7 @@ IMAGES = Split(
 def test_16_factors_and_gradient_are_those_of_the_public_code(case: dict[str, Any]) -> None:
     matrix = numbers(case["X"])
     u, v = factorise(matrix, numbers(case["v_start"]))
-    near = {"rtol": 1e-5, "atol": 1e-6}
+    near: Any = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(u, numbers(case["u"]), **near)
     torch.testing.assert_close(v, numbers(case["v"]), **near)
     torch.testing.assert_close(matrix - u @ v, numbers(case["residual"]), **near)

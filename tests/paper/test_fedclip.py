@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import numbers, oracle
 from torch.nn import functional as F
 
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload
 from pfedmoap_flwr.methods.fedclip import FedCLIP
 from pfedmoap_flwr.methods.parts.adapters import AttentionAdapter
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
+from support.federation import Exchange, make_method, make_work
+from support.oracle import numbers, oracle
+from support.tiny import NUM_CLIENTS
 
 # Two images of one class are each other's negatives, which leaves at least log 2 of the loss
 OVERFITTING = {

@@ -94,7 +94,7 @@ def test_a_client_trains_the_prompt_alone_and_uploads_its_moments() -> None:
         gradients.extend(g.clone() for g in torch.autograd.grad(loss, head.ctx, retain_graph=True))
         return loss
 
-    method.loss = seen  # type: ignore[method-assign]
+    method.loss = seen
     work = make_work(method, head, images, received)
     local.train(method, [work])
     (gradient,) = gradients

@@ -54,7 +54,7 @@ def test_16_the_loss_and_its_gradients_are_those_of_the_public_code(case: dict[s
     head = make_method("fedpha").build()
     head.logit_scale = inputs["logit_scale"]
     right = [F.cross_entropy(head.classify(images, t), labels) for t in text[:2]]
-    loss = right[0] + right[1] + align(*text, case["alpha"])
+    loss = right[0] + right[1] + align(text[0], text[1], text[2], case["alpha"])
     assert right[0].item() == pytest.approx(case["ce_global"], rel=1e-6)
     assert right[1].item() == pytest.approx(case["ce_local"], rel=1e-6)
     assert loss.item() == pytest.approx(case["loss"], rel=1e-6)
@@ -102,7 +102,7 @@ def test_the_methods_loss_is_the_four_terms_of_a_short_prompt(compat: str) -> No
 
 def test_a_clients_length_is_its_own_and_lasts() -> None:
     method = make_method("fedpha", **SHORT)
-    lengths = {i: [] for i in range(30)}
+    lengths: dict[int, list[int]] = {i: [] for i in range(30)}
     for i, found in lengths.items():
         for server_round in (1, 7):
             work = make_work(method, method.build(), client_id=i, server_round=server_round)

@@ -5,22 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import numbers, oracle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, tensor_files
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.fedsept import Router, mean_overlap
 from pfedmoap_flwr.methods.parts.privacy import clipped_mean, privatised
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local, stacked
+from support.federation import Exchange, make_method, make_work, tensor_files
+from support.oracle import numbers, oracle
+from support.tiny import NUM_CLIENTS, TINY
 
 OVERFITTING = {"lr": 0.05}
 VECTOR = oracle("fedsept_experts")
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+CLOSE: Any = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def test_16_the_overlap_of_the_experts_and_its_gradient() -> None:

@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import numbers, oracle
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method, make_work
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.alignment import align, info_nce
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
+from support.federation import Exchange, make_method, make_work
+from support.oracle import numbers, oracle
+from support.tiny import CLASSNAMES, NUM_CLIENTS
 
 OVERFITTING = {"fedspa.lr": 0.05}
 VECTOR = oracle("fedspa_prototypes")
@@ -22,7 +23,7 @@ SETTINGS = VECTOR["settings"]
 IMAGES = [numbers(images) for images in VECTOR["inputs"]["few_shot"]]
 LABELS = [torch.tensor(labels) for labels in VECTOR["inputs"]["few_shot_labels"]]
 TEXT = numbers(VECTOR["inputs"]["text"])
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+CLOSE: Any = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def oracle_method() -> Any:

@@ -8,7 +8,6 @@ import torch
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor
 
-from conftest import NUM_CLIENTS, TINY, Exchange, make_method, make_work, rounds
 from pfedmoap_flwr import config
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload
@@ -16,6 +15,8 @@ from pfedmoap_flwr.methods.parts.gaussian import fit, scatter, shrunk
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, second_moments
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, make_method, make_work, rounds
+from support.tiny import NUM_CLIENTS, TINY
 
 KINDS = ("lda", "nb", "qda")
 

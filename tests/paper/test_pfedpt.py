@@ -38,7 +38,7 @@ def test_the_frame_moves_first_then_the_prompt() -> None:
         prompts.append(head.ctx.detach().clone())
         return loss_of(head, features, labels, received)
 
-    method.loss = seen  # type: ignore[method-assign]
+    method.loss = seen
     head = method.build()
     start = head.state()
     local.train(method, [make_work(method, head, images)])

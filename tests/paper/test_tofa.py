@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import NUM_CLIENTS, Exchange, make_method, make_work, rounds
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.gaussian import fit_posterior
 from pfedmoap_flwr.methods.parts.moments import statistics
 from pfedmoap_flwr.methods.parts.sentences import mixed_texts, sentence_scores, texts_of
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, make_method, make_work, rounds
+from support.tiny import NUM_CLIENTS
 
 STATISTICS = {"counts", "sums", "moments"}
 

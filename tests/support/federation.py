@@ -29,7 +29,7 @@ def forget_data() -> None:
     forget_runs()
 
 
-def make_method(name: str, **changes: Any) -> Method[Any, Any]:
+def make_method(name: str, **changes: Any) -> Any:
     """A method with the tiny settings, the tiny CLIP and the tiny data set's classes."""
     changes = {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
     settings = config.parse({**TINY, "method": name, **changes})

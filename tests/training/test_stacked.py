@@ -28,7 +28,7 @@ def test_a_loss_that_writes_into_a_buffer_is_refused() -> None:
         head.count += 1
         return F.cross_entropy(head(features), labels)
 
-    method.loss = counting  # type: ignore[method-assign]
+    method.loss = counting
     refused(method, works, "writes into a buffer")
 
 
@@ -45,7 +45,7 @@ def test_a_loss_that_counts_the_rows_which_fill_up_a_batch_is_refused() -> None:
     def small_term(head: Head, features: Tensor, labels: Tensor, received: Any) -> Tensor:
         return F.cross_entropy(head(features), labels) + 0.01 * features.square().mean()
 
-    method.loss = small_term  # type: ignore[method-assign]
+    method.loss = small_term
     refused(method, made_works(method), "not each one's own")
 
 
@@ -57,5 +57,5 @@ def test_heads_with_other_phases_are_not_alike() -> None:
     def schedule(head: Head, epochs: int) -> Any:
         return [(epochs, ("ctx",))] if head is one.head else [(1, ("ctx",)), (epochs, ("ctx",))]
 
-    method.schedule = schedule  # type: ignore[method-assign]
+    method.schedule = schedule
     assert stacked.likeness(method, one) != stacked.likeness(method, other)

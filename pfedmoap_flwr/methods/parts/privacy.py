@@ -30,7 +30,7 @@ def clipped(largest: float, *parts: Tensor) -> tuple[Tensor, ...]:
 
 
 def clipped_mean(gradients: Tensor, largest: float) -> Tensor:
-    """Return the mean (...) of gradients (B, ...), each shortened to `largest` where it is longer."""
+    """Return the mean (...) of gradients (B, ...), shortened to `largest` where longer."""
     return clipped(largest, gradients)[0].mean(0)
 
 
