@@ -68,6 +68,7 @@ def test_a_damaged_file_is_computed_again(
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_noticed_wherever_it_is(cache: Path) -> None:
     expected = kept_blocks().tolist()
     path = cache / "name.npy"

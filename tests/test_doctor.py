@@ -90,6 +90,7 @@ def test_a_full_disk_is_seen(
     assert "make room" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.names())
 def test_it_fits_as_many_clients_as_a_run_does(
     name: str,

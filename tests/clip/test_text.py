@@ -194,6 +194,7 @@ def test_plain_words_as_context_give_open_clips_features(tower: str) -> None:
     assert (encoder.width, encoder.embed_dim) == (64, expected.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_specific", [False, True])
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("tower", TOWERS)
@@ -263,6 +264,7 @@ def test_many_prompts_at_once_are_each_encoded_alone(tower: str, class_specific:
     assert torch.allclose(together.norm(dim=-1), torch.ones(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["flat", "both-ways"])
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_a_repeat_gives_the_same_bytes(tower: str, position: Any) -> None:
@@ -553,6 +555,7 @@ def test_encode_text_is_open_clips_own() -> None:
         encode_text(clip, tokenizer(), ["rose " * 40])
 
 
+@pytest.mark.slow
 def test_a_real_tower() -> None:
     clip = open_clip.create_model("RN50-quickgelu", pretrained=None).eval().requires_grad_(False)
     tokens = open_clip.get_tokenizer("RN50-quickgelu")

@@ -105,6 +105,7 @@ def assert_one_distribution(
             assert (off <= 1 / train + 1 / other + 1e-9).all()
 
 
+@pytest.mark.slow
 @every_partition
 @thoroughly
 @given(draw=st.data(), seed=st.integers(0, 10**6))

@@ -99,6 +99,7 @@ def test_the_docs_say_what_the_catalogue_says() -> None:
         assert paper[kind] == source.partition
 
 
+@pytest.mark.slow
 @every_hub_set
 def test_labels_are_joined_by_name(source: Source, tmp_path: Path) -> None:
     copy = write_parquet(tmp_path / "copy", tables(source))

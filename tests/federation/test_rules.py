@@ -99,6 +99,7 @@ def test_one_huge_upload_moves_the_mean_and_not_the_median() -> None:
     assert average(sent, state.shared)["ctx"].abs().max() > 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", FLOWERS)
 @pytest.mark.parametrize("method", ["promptfl", "pfedmoap"])
 def test_a_run_repeats_and_resumes_bit_by_bit(rule: str, method: str, federate: Federate) -> None:

@@ -164,6 +164,7 @@ def test_14_a_stacked_federation_is_the_same_up_to_float_error(
         assert (record.bytes_down, record.bytes_up) == (before.bytes_down, before.bytes_up)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STACKABLE)
 def test_14_a_stacked_federation_repeats_itself_bit_by_bit(
     method: str, federate: Federate, stacking: list[int]
@@ -173,6 +174,7 @@ def test_14_a_stacked_federation_repeats_itself_bit_by_bit(
     assert max(stacking) == 4
 
 
+@pytest.mark.slow
 def test_14_a_method_that_cannot_be_stacked_trains_one_by_one(
     federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +185,7 @@ def test_14_a_method_that_cannot_be_stacked_trains_one_by_one(
     check_falls_back(curious, federate, stacking, monkeypatch)
 
 
+@pytest.mark.slow
 def test_14_a_loss_that_counts_rows_is_found_out(
     federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +206,7 @@ def check_falls_back(
     assert set(stacking) == {1}
 
 
+@pytest.mark.slow
 def test_14_a_client_that_raises_leaves_the_others_their_training(
     federate: Federate, stacking: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_8_renumbering_clients_renumbers_results(
 # Law 9: neutral settings collapse; those of one method alone stand with that method's tests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", ["paper", "released"])
 @pytest.mark.parametrize("num_experts", [0, 2])
 def test_9_pfedmoap_without_gate_and_with_lambda_1_trains_the_prompt_of_promptfl(

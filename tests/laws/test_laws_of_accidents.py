@@ -95,6 +95,7 @@ def test_3_a_run_killed_in_round_3_goes_on_as_if_nothing_had_been(
     assert_same(resumed(run), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [kill_while_training, kill_before_checkpoint])
 def test_3_a_run_killed_in_round_1_does_not_begin_twice(
     kill: Kill, federate: Federate, tmp_path: Path
@@ -107,12 +108,14 @@ def test_3_a_run_killed_in_round_1_does_not_begin_twice(
     assert_same(resumed(run), whole)
 
 
+@pytest.mark.slow
 def test_3_resuming_a_finished_run_changes_nothing(federate: Federate) -> None:
     whole = federate("whole/run", num_server_rounds=4, **SHORT)
     again = federate("again/run", num_server_rounds=4, **SHORT)
     assert_same(resumed(again), whole)
 
 
+@pytest.mark.slow
 def test_3_a_line_that_was_being_written_is_written_again(federate: Federate) -> None:
     whole = federate("whole/run", num_server_rounds=4, **SHORT)
     run = federate("parts/run", num_server_rounds=2, **SHORT)
@@ -281,6 +284,7 @@ def spoil(upload: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     }[how]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [

@@ -65,6 +65,7 @@ def test_the_schedule_of_every_client_in_every_round(
 # Settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", ["paper", "released"])
 @pytest.mark.parametrize(
     ("changes", "shape"),

@@ -109,6 +109,7 @@ def nearest(pool: dict[int, Tensor], reference: Tensor, client: int, sign: int) 
     return sorted(distance, key=lambda other: (distance[other], other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selection", "sign"), [("knn", 1), ("farthest", -1)])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_experts_are_the_nearest_in_the_pool_of_the_round_before(
@@ -170,6 +171,7 @@ def test_random_experts_are_others_and_change(federate: Federate, wire: list[Exc
     assert len(places) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_experts", [0, 1, 3, 50])
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_k_from_none_to_more_than_there_are(

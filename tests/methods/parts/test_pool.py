@@ -211,6 +211,7 @@ def test_ties_of_any_size_at_any_place(
     assert_exact({c: p * unit + shift for c, p in as_tensors(pool).items()}, num_experts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bounds", "blocks")
 @pytest.mark.parametrize("shift", [0.0, 1.0, 300.0])
 @forced
@@ -232,6 +233,7 @@ def test_the_borders_of_blocks(num_clients: int) -> None:
         assert_exact({i: torch.randn(3, 4, generator=generator) for i in ids}, num_experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 0.03, 1.0])
 @pytest.mark.parametrize("farthest", [False, True])
 @pytest.mark.usefixtures("bounds")
@@ -368,6 +370,7 @@ def test_prompts_of_few_bits(dtype: torch.dtype) -> None:
     assert_exact({client: row.div(3).to(dtype) for client, row in enumerate(rows)}, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bounds", "blocks")
 @pytest.mark.parametrize("offset", [1.1, 1.7, 3.3])
 def test_sums_of_many_numbers_round_far_more_than_prompts_differ(offset: float) -> None:
@@ -377,6 +380,7 @@ def test_sums_of_many_numbers_round_far_more_than_prompts_differ(offset: float) 
     assert_exact({client: steps[client] + offset * (client % 2) for client in range(9)}, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bounds", "blocks")
 @pytest.mark.parametrize("unit", [2.0**-63, 2.0**-72, 2.0**-75])
 def test_squares_below_the_range_of_float32(unit: float) -> None:
@@ -398,6 +402,7 @@ def test_one_huge_prompt_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert 2000 <= sum(measured) < 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_equal_prompts_stay_equal_in_any_company(seed: int) -> None:
     # PyTorch's two threads sum a long row that stands alone in another order
