@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSNAMES, NUM_CLIENTS, Exchange, make_method
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.words import encode_text
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, make_method
+from support.tiny import CLASSNAMES, NUM_CLIENTS
 
 SHARED = {"ctx", "common.down.weight", "common.up.weight"}
 PERSONAL = {"local", "specific.down.weight", "specific.up.weight", "gate.weight"}
