@@ -17,11 +17,7 @@ from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
 
 # Two images of one class are each other's negatives, which leaves at least log 2 of the loss
-OVERFITTING = {
-    "fedclip.adapter-lr": 0.01,
-    "fedclip.weight-decay": 0.0,
-    "fedclip.same-class": "ignored",
-}
+OVERFITTING = {"fedclip.adapter-lr": 0.01, "fedclip.decay": 0.0, "fedclip.same-class": "ignored"}
 VECTOR = oracle("fedmp_adapter")["adapter"]
 
 
