@@ -40,7 +40,7 @@ def federate(tmp_path: Path) -> Federate:
         folder = tmp_path / name
         flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
         flat |= changes.pop("flat", {})
-        flat |= {key.replace("_", "-"): value for key, value in changes.items()}
+        flat |= {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
         run_in_process(config.parse(flat))
         return RunFolder(folder)
 
