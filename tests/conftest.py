@@ -1,17 +1,17 @@
 """Fixtures of all tests; what is no fixture is in support/."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pfedmoap_flwr import config
 from pfedmoap_flwr.engines import in_process
-from pfedmoap_flwr.engines.in_process import run_in_process
 from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import Exchange, Federate, recording
-from support.tiny import TINY, write_clip, write_images
+from support.federation import Exchange, Federate, recording, run_tiny
+from support.tiny import write_clip, write_images
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,15 +34,20 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def federate(tmp_path: Path) -> Federate:
-    """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
+    """Run a tiny federation in a folder of the test's own."""
+    return lambda name="run", **changes: run_tiny(tmp_path / name, **changes)
 
-    def run(name: str = "run", **changes: Any) -> RunFolder:
-        folder = tmp_path / name
-        flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
-        flat |= changes.pop("flat", {})
-        flat |= {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
-        run_in_process(config.parse(flat))
-        return RunFolder(folder)
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+    """Return the run with these settings, for tests that compare with it and change nothing in it.
+
+    It is run once in a session, so ask for it before anything is patched.
+    """
+
+    @functools.cache
+    def run(**changes: Any) -> RunFolder:
+        return run_tiny(tmp_path_factory.mktemp("reference") / "run", **changes)
 
     return run
 

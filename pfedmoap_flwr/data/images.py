@@ -102,6 +102,11 @@ def load_anew(data: ImageSettings) -> ImageData:
 _kept = functools.lru_cache(maxsize=2)(load_anew)
 
 
+def forget_images() -> None:
+    """Free the data sets of this process; the next `load_images` reads from disk again."""
+    _kept.cache_clear()
+
+
 def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dataset], Source, str]:
     """Return the tables, the source as they spell it, and where they come from."""
     if not data.path:

@@ -6,15 +6,26 @@ writes the files.
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from support import ROOT
+from support.federation import forget_data
 from support.laws import every_method
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The embedded data and CLIP in the place of the tests' own."""
+    forget_data()
+    monkeypatch.delenv("PFEDMOAP_ASSETS")
+    yield
+    forget_data()
 
 
 def golden_script() -> ModuleType:
@@ -27,10 +38,7 @@ def golden_script() -> ModuleType:
 
 
 @every_method
-def test_three_rounds_give_what_they_gave(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PFEDMOAP_ASSETS")
+def test_three_rounds_give_what_they_gave(method: str, tmp_path: Path) -> None:
     script = golden_script()
     expected = json.loads((script.FOLDER / f"{method}.json").read_text())
     found = script.golden(method, tmp_path / "run")

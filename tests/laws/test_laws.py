@@ -85,9 +85,9 @@ def test_1_what_travels_and_what_is_personal_are_disjoint_and_all(
 
 
 @every_method
-def test_2_a_repeat_is_bitwise_equal(method: str, federate: Federate) -> None:
+def test_2_a_repeat_is_bitwise_equal(method: str, reference: Federate, federate: Federate) -> None:
     torch.manual_seed(1)
-    first = federate("first/run", method=method, **SHORT)
+    first = reference(method=method, **SHORT)
     federate("another/run", method=method, seed=5, num_server_rounds=1, **SHORT)
     torch.manual_seed(2)
     np.random.seed(2)  # noqa: NPY002 - what a careless method might draw from

@@ -74,9 +74,11 @@ def resumed(run: RunFolder) -> RunFolder:
 
 
 @every_method
-def test_3_two_rounds_and_two_more_are_four(method: str, federate: Federate) -> None:
+def test_3_two_rounds_and_two_more_are_four(
+    method: str, reference: Federate, federate: Federate
+) -> None:
     options = {"method": method, "fraction_train": 0.75, **SHORT}
-    whole = federate("whole/run", num_server_rounds=4, **options)
+    whole = reference(num_server_rounds=4, **options)
     run = federate("parts/run", num_server_rounds=2, **options)
     assert_same(resumed(run), whole)
 
@@ -84,10 +86,10 @@ def test_3_two_rounds_and_two_more_are_four(method: str, federate: Federate) -> 
 @every_method
 @pytest.mark.parametrize("kill", [kill_while_training, kill_before_checkpoint])
 def test_3_a_run_killed_in_round_3_goes_on_as_if_nothing_had_been(
-    method: str, kill: Kill, federate: Federate, tmp_path: Path
+    method: str, kill: Kill, reference: Federate, federate: Federate, tmp_path: Path
 ) -> None:
     options = {"method": method, "fraction_train": 0.75, "num_server_rounds": 4, **SHORT}
-    whole = federate("whole/run", **options)
+    whole = reference(**options)
     run_until_killed(federate, kill, 3, **options)
     run = RunFolder(tmp_path / "parts" / "run")
     assert checkpoint.load(run.path).round == 2
@@ -98,10 +100,10 @@ def test_3_a_run_killed_in_round_3_goes_on_as_if_nothing_had_been(
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [kill_while_training, kill_before_checkpoint])
 def test_3_a_run_killed_in_round_1_does_not_begin_twice(
-    kill: Kill, federate: Federate, tmp_path: Path
+    kill: Kill, reference: Federate, federate: Federate, tmp_path: Path
 ) -> None:
     options = {"num_server_rounds": 4, **SHORT}
-    whole = federate("whole/run", **options)
+    whole = reference(**options)
     run_until_killed(federate, kill, 1, **options)
     run = RunFolder(tmp_path / "parts" / "run")
     assert checkpoint.load(run.path).round == 0
@@ -109,15 +111,17 @@ def test_3_a_run_killed_in_round_1_does_not_begin_twice(
 
 
 @pytest.mark.slow
-def test_3_resuming_a_finished_run_changes_nothing(federate: Federate) -> None:
-    whole = federate("whole/run", num_server_rounds=4, **SHORT)
+def test_3_resuming_a_finished_run_changes_nothing(reference: Federate, federate: Federate) -> None:
+    whole = reference(num_server_rounds=4, **SHORT)
     again = federate("again/run", num_server_rounds=4, **SHORT)
     assert_same(resumed(again), whole)
 
 
 @pytest.mark.slow
-def test_3_a_line_that_was_being_written_is_written_again(federate: Federate) -> None:
-    whole = federate("whole/run", num_server_rounds=4, **SHORT)
+def test_3_a_line_that_was_being_written_is_written_again(
+    reference: Federate, federate: Federate
+) -> None:
+    whole = reference(num_server_rounds=4, **SHORT)
     run = federate("parts/run", num_server_rounds=2, **SHORT)
     with (run.path / "rounds.jsonl").open("a") as file:
         file.write('{"round": 3, "seconds": 0.')
@@ -141,10 +145,11 @@ def test_4_the_order_of_work_and_of_replies_is_irrelevant(
     method: str,
     of_work: Callable[[list[Any]], list[Any]],
     of_replies: Callable[[list[Any]], list[Any]],
+    reference: Federate,
     federate: Federate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    orderly = federate("orderly/run", method=method, **SHORT)
+    orderly = reference(method=method, **SHORT)
 
     class DisorderlyGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.data.federated import Task, federated
-from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid
+from pfedmoap_flwr.data.images import forget_images
+from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
 from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.federation.client import forget_runs
 from pfedmoap_flwr.methods.base import Head, Method, Split, Work
@@ -24,7 +26,8 @@ Federate = Callable[..., RunFolder]
 
 
 def forget_data() -> None:
-    """Let data sets be divided and read anew, as in a fresh process."""
+    """Let data sets be loaded, divided and read anew, as in a fresh process."""
+    forget_images()
     federated.cache_clear()
     forget_runs()
 
@@ -51,6 +54,15 @@ def make_work(
     work = Work(client_id, server_round, head, lambda name: images, received or {})
     method.prepare(work)
     return work
+
+
+def run_tiny(folder: Path, **changes: Any) -> RunFolder:
+    """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
+    flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
+    flat |= changes.pop("flat", {})
+    flat |= {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
+    run_in_process(config.parse(flat))
+    return RunFolder(folder)
 
 
 @dataclass(frozen=True, eq=False)
