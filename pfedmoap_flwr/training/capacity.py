@@ -25,7 +25,11 @@ def clients_that_fit(method: Method[Any, Any], work: Work[Any]) -> int:
     device = method.clip.device
     frozen = {p.untyped_storage().data_ptr() for p in method.clip.model.parameters()}
     batch = first_images([work], method.settings.batch_size)
-    needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
+    try:
+        needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
+    except RuntimeError:
+        # A loss that takes gradients itself, by torch.func, cannot be measured: no risk on a GPU
+        return cores() if device.type == "cpu" else 1
     fits = int(MEMORY_SHARE * memory(device)) // max(1, needed)
     return max(1, min(fits, cores() if device.type == "cpu" else MOST_STACKED))
 
