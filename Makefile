@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # The versions that were tested; `make LOCK= test` takes the newest that pyproject.toml allows.
 LOCK ?= requirements/lock.txt
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -10,11 +11,13 @@ STAMP := .venv/.installed
 run: $(STAMP)
 	$(BIN)/pfedmoap run
 
+# Tests that start Flower's processes run by themselves: beside others they would wait for a core.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not processes"
+	$(BIN)/python -m pytest -m processes
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not processes"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not processes"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,8 @@ from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section
 
 Tensors = Mapping[str, Tensor]
+Deliveries = dict[int, dict[str, Tensor]]
+"""What goes down to each client, by client id and name."""
 Phase = tuple[int, tuple[str, ...]]
 """Epochs, and the names of the parameters that move in them."""
 
@@ -303,9 +305,7 @@ class Method(Generic[S, H]):
         """Return the server's state before round 1 (P_g^0)."""
         return ServerState(self.shared(self.build()))
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return what goes down to each client, to train on or to be measured."""
         return {client_id: dict(state.shared) for client_id in client_ids}
 

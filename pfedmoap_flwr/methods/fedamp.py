@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.methods.base import Method, PromptHead, ServerState, Tensors, Upload
+from pfedmoap_flwr.methods.base import Deliveries, Method, PromptHead, ServerState, Tensors, Upload
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -37,9 +37,7 @@ class FedAMP(Method[FedAMPSettings]):
         apart = (head.ctx - received["ctx"]).square().sum()
         return super().loss(head, features, labels, received) + self.own.lambda_ / 2 * apart
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return u_i to train on; the plain mean to a newcomer, and to be measured as global."""
         sent = super().send(state, client_ids, train=train)
         known = sorted(state.pool)

@@ -28,7 +28,7 @@ class FedCLIPSettings(Section):
     """Settings of FedCLIP."""
 
     adapter_lr: float = setting(5e-5, "learning rate of the adapter (Adam)", above=0)
-    weight_decay: float = setting(0.2, "Adam's pull of the adapter towards 0", low=0)
+    decay: float = setting(0.2, "Adam's pull of the adapter towards 0", low=0)
     same_class: Literal["negative", "ignored"] = setting(
         "negative", "what two images of one class in a batch are to each other"
     )
@@ -82,7 +82,7 @@ class FedCLIP(Method[FedCLIPSettings, FedCLIPHead]):
         self, work: Work[FedCLIPHead], groups: list[dict[str, Any]]
     ) -> torch.optim.Optimizer:
         """Return the paper's Adam, fresh in every round."""
-        decay = self.own.weight_decay
+        decay = self.own.decay
         return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
 
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work
+from pfedmoap_flwr.methods.base import (
+    Deliveries,
+    Method,
+    Phase,
+    PromptHead,
+    ServerState,
+    Upload,
+    Work,
+)
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -79,9 +87,7 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
         ranks = work.head.weights(F.normalize(work.images.features, dim=-1)).mean(0)
         return super().upload(work) | {"ranks": ranks.cpu()}
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return the gate and each client's K experts, or all of them to be measured."""
         sent = {}
         for client_id in client_ids:

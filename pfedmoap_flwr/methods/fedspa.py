@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Tensors, Upload, Work
+from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.alignment import align
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means
 from pfedmoap_flwr.settings import Section, setting
@@ -86,9 +86,7 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
         """Return the counts and K, which goes up whether or not it came down."""
         return state.shared | self.reports()
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return T, and the pooled class means to a client that has no K of its own."""
         own = state.pool if train else {}
         return {i: state.extra | ({} if i in own else state.shared) for i in client_ids}

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Upload, Work
+from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Upload, Work
 from pfedmoap_flwr.methods.parts.gaussian import add_once, fit
 from pfedmoap_flwr.methods.parts.moments import class_means, statistics
 from pfedmoap_flwr.settings import Section, setting
@@ -88,9 +88,7 @@ class GHOFL(Method[GHOFLSettings, GHOFLHead]):
         """Take the server's classifier: nothing is personal."""
         work.head.load(work.received)
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return the classifier, nothing before there is one."""
         head = {name: state.extra[name] for name in HEAD if name in state.extra}
         return {i: dict(head) for i in client_ids}

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work
+from pfedmoap_flwr.methods.base import (
+    Deliveries,
+    Method,
+    Phase,
+    PromptHead,
+    ServerState,
+    Upload,
+    Work,
+)
 from pfedmoap_flwr.methods.parts.gate import AttentionGate, LinearGate
 from pfedmoap_flwr.methods.parts.pool import select_experts
 from pfedmoap_flwr.methods.settings import LearningSettings
@@ -144,9 +152,7 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
         of_gate = name.startswith("gate.")
         return self.own.gate_lr if of_gate else super().lr(name, epoch, epochs)
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return P_g and, for a client with a prompt in the pool, the experts (K, M, D).
 
         The pool is the one of the start of the round: `merge` alone writes it, at the end.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Upload, Work
+from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Upload, Work
 from pfedmoap_flwr.methods.parts.gaussian import add_once, fit_posterior
 from pfedmoap_flwr.methods.parts.moments import statistics
 from pfedmoap_flwr.methods.parts.sentences import SENTENCES, mixed_texts, sentence_scores, texts_of
@@ -100,9 +100,7 @@ class TOFA(Method[TOFASettings, TOFAHead]):
             mixed = {name: own[name] + alpha * came[name].cpu() for name in STATISTICS}
             work.head.load({**came, **fit_posterior(mixed, self.own.prior)})
 
-    def send(
-        self, state: ServerState, client_ids: Sequence[int], *, train: bool
-    ) -> dict[int, dict[str, Tensor]]:
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
         """Return the sums of all statistics and the text features, once there are any."""
         names = [name for name in (*STATISTICS, "text_features") if name in state.extra]
         return {i: {name: state.extra[name].float() for name in names} for i in client_ids}

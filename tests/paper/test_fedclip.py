@@ -18,11 +18,7 @@ from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
 # Two images of one class are each other's negatives, which leaves at least log 2 of the loss
-OVERFITTING = {
-    "fedclip.adapter-lr": 0.01,
-    "fedclip.weight-decay": 0.0,
-    "fedclip.same-class": "ignored",
-}
+OVERFITTING = {"fedclip.adapter-lr": 0.01, "fedclip.decay": 0.0, "fedclip.same-class": "ignored"}
 VECTOR = oracle("fedmp_adapter")["adapter"]
 
 

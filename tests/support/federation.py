@@ -60,7 +60,7 @@ def run_tiny(folder: Path, **changes: Any) -> RunFolder:
     """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
     flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
     flat |= changes.pop("flat", {})
-    flat |= {key.replace("_", "-"): value for key, value in changes.items()}
+    flat |= {k if "." in k else k.replace("_", "-"): v for k, v in changes.items()}
     run_in_process(config.parse(flat))
     return RunFolder(folder)
 

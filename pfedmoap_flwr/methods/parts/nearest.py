@@ -69,9 +69,9 @@ def _search(
             limit = high.topk(count + 1, largest=False).values[:, -1:]
         pairs = (low > limit).logical_not_().nonzero().cpu()
         for part in pairs.split(max(1, BLOCK_NUMBERS // 16 // own.shape[1])):
-            difference = block[part[:, 1]].double().sub_(own[part[:, 0]])
+            theirs, mine = block.index_select(0, part[:, 1]), own.index_select(0, part[:, 0])
             # NumPy sums a row alike in any company, so that ties stay ties; PyTorch does not
-            measured = sign * difference.square_().numpy().sum(axis=1)
+            measured = sign * theirs.double().sub_(mine).square_().numpy().sum(axis=1)
             for (who, near), key in zip(part.tolist(), measured.tolist(), strict=True):
                 if some[near] != clients[who]:
                     insort(best[who], (key, some[near]))
