@@ -1,6 +1,5 @@
 """FedCLIP: the attention adapter on raw features, its contrastive loss, what travels."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload
 from pfedmoap_flwr.methods.fedclip import FedCLIP
 from pfedmoap_flwr.methods.parts.adapters import AttentionAdapter
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
-from support.federation import Exchange, make_method, make_work
+from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -119,9 +117,7 @@ def test_the_server_takes_the_plain_mean() -> None:
     assert state.shared[name].tolist() == [2, 2]
 
 
-def test_the_adapter_is_all_that_travels(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
-) -> None:
+def test_the_adapter_is_all_that_travels(federate: Federate, wire: list[Exchange]) -> None:
     federate(method="fedclip", num_server_rounds=1)
     names = {
         f"adapter.{layer}.{kind}" for layer in ("inner", "outer") for kind in ("weight", "bias")

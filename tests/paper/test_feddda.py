@@ -1,6 +1,5 @@
 """FedDDA: a prompt of two contexts, a gated mixture on raw features, what travels."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.words import encode_text
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import Exchange, make_method
+from support.federation import Exchange, Federate, make_method
 from support.tiny import CLASSNAMES, NUM_CLIENTS
 
 SHARED = {"ctx", "common.down.weight", "common.up.weight"}
@@ -67,7 +65,7 @@ def test_every_part_is_trained() -> None:
 
 
 def test_the_shared_halves_travel_and_the_local_ones_stay(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
+    federate: Federate, wire: list[Exchange]
 ) -> None:
     run = federate(method="feddda", num_server_rounds=1)
     assert len(wire) == 3 * NUM_CLIENTS

@@ -1,6 +1,5 @@
 """FedPHA: projection and loss against numbers of its public code; prompts of several lengths."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ from torch.nn import functional as F
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.fedpha import align, project
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local, stacked
-from support.federation import Exchange, make_method, make_work
+from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -155,7 +153,7 @@ def test_a_client_predicts_with_its_local_prompt_once_it_has_one() -> None:
 
 
 def test_the_global_prompt_travels_and_the_local_one_stays(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
+    federate: Federate, wire: list[Exchange]
 ) -> None:
     run = federate(method="fedpha", num_server_rounds=1, flat=SHORT)
     assert {name for e in wire for name in (*e.up, *e.down)} == {"ctx"}

@@ -1,6 +1,5 @@
 """FedSEPT: low-rank experts, the router, what is private and what travels."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.fedsept import Router, mean_overlap
 from pfedmoap_flwr.methods.parts.privacy import clipped_mean, privatised
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local, stacked
-from support.federation import Exchange, make_method, make_work, tensor_files
+from support.federation import Exchange, Federate, make_method, make_work, tensor_files
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS, TINY
 
@@ -177,9 +175,7 @@ def test_noise_is_a_function_of_seed_client_and_round() -> None:
     assert not torch.equal(factors(0, 2), again)
 
 
-def test_the_factors_travel_and_the_rest_stays(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
-) -> None:
+def test_the_factors_travel_and_the_rest_stays(federate: Federate, wire: list[Exchange]) -> None:
     run = federate(method="fedsept", num_server_rounds=1)
     assert {name for e in wire for name in (*e.up, *e.down)} == {"factors"}
     assert wire[-1].down["factors"].shape == (4, TINY["prompt.n-ctx"], 16)
@@ -192,7 +188,7 @@ def test_the_factors_travel_and_the_rest_stays(
     assert (heads[0]["residual"] - heads[1]["residual"]).abs().max() > 1e-6
 
 
-def test_privacy_does_not_depend_on_how_many_at_once(federate: Callable[..., RunFolder]) -> None:
+def test_privacy_does_not_depend_on_how_many_at_once(federate: Federate) -> None:
     noisy = {"method": "fedsept", "num_server_rounds": 1, "flat": {"fedsept.private": True}}
     runs = [federate(f"{n}/run", clients_at_once=n, **noisy) for n in (1, 2)]
     assert tensor_files(runs[0]) == tensor_files(runs[1])

@@ -1,6 +1,5 @@
 """FedSPA: prototypes at the clients, text features trained at the server, the round that pools."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ from torch.nn import functional as F
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.alignment import align, info_nce
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
-from support.federation import Exchange, make_method, make_work
+from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
 from support.tiny import CLASSNAMES, NUM_CLIENTS
 
@@ -159,9 +157,7 @@ def test_round_1_pools_and_later_rounds_keep_and_align() -> None:
     assert (state.extra["text_features"] - method.build().text_features).abs().max() > 1e-4
 
 
-def test_a_client_goes_on_from_its_own_prototypes(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
-) -> None:
+def test_a_client_goes_on_from_its_own_prototypes(federate: Federate, wire: list[Exchange]) -> None:
     federate(method="fedspa", num_server_rounds=4, flat={"fedspa.server-epochs": 2})
     by_round: dict[int, list[Exchange]] = {r: [] for r in range(1, 5)}
     for exchange in wire:

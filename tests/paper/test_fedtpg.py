@@ -1,6 +1,5 @@
 """FedTPG: the generator against numbers of its public code, and what its prompt depends on."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ from torch.nn import functional as F
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.generator import PromptGenerator
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import local
-from support.federation import Exchange, make_method, make_work
+from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
 
 VECTOR = oracle("fedtpg_generator")
@@ -120,7 +118,7 @@ def test_without_its_own_classes_it_trains_among_all() -> None:
 
 
 def test_queries_and_generator_are_trained_and_travel(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
+    federate: Federate, wire: list[Exchange]
 ) -> None:
     federate(method="fedtpg", num_server_rounds=1, local_epochs=1)
     method = make_method("fedtpg", local_epochs=1)

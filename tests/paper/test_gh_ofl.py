@@ -1,6 +1,5 @@
 """GH-OFL: sufficient statistics up, a Gaussian classifier down, and rounds that change nothing."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from pfedmoap_flwr.methods.base import ServerState, Split, Upload
 from pfedmoap_flwr.methods.parts.gaussian import fit, scatter, shrunk
 from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, second_moments
 from pfedmoap_flwr.runs import checkpoint
-from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import Exchange, make_method, make_work, rounds
+from support.federation import Exchange, Federate, make_method, make_work, rounds
 from support.tiny import NUM_CLIENTS, TINY
 
 KINDS = ("lda", "nb", "qda")
@@ -168,9 +166,7 @@ def test_a_client_counts_once_and_a_late_one_is_added() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_round_is_enough(
-    kind: str, federate: Callable[..., RunFolder], wire: list[Exchange]
-) -> None:
+def test_one_round_is_enough(kind: str, federate: Federate, wire: list[Exchange]) -> None:
     run = federate(method="gh_ofl", num_server_rounds=3, flat={"gh_ofl.head": kind})
     names = {"weight", "bias"} | ({"curvature"} if kind != "lda" else set())
     second = {"lda": (64, 64), "nb": (4, 64), "qda": (4, 64, 64)}[kind]

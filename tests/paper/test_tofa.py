@@ -1,7 +1,6 @@
 """TOFA: the power posterior, the sentences, the fusion, and what one round sends."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.gaussian import fit_posterior
 from pfedmoap_flwr.methods.parts.moments import statistics
 from pfedmoap_flwr.methods.parts.sentences import mixed_texts, sentence_scores, texts_of
-from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import Exchange, make_method, make_work, rounds
+from support.federation import Exchange, Federate, make_method, make_work, rounds
 from support.tiny import NUM_CLIENTS
 
 STATISTICS = {"counts", "sums", "moments"}
@@ -151,7 +149,7 @@ def test_the_global_model_is_of_all_and_the_personal_one_has_its_own_images_too(
     assert head(parts[1].features).isfinite().all()
 
 
-def test_one_round_is_enough(federate: Callable[..., RunFolder], wire: list[Exchange]) -> None:
+def test_one_round_is_enough(federate: Federate, wire: list[Exchange]) -> None:
     run = federate(method="tofa", num_server_rounds=3)
     for exchange in wire:
         first = exchange.round == 0 or (exchange.kind, exchange.round) == ("train", 1)

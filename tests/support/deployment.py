@@ -14,9 +14,9 @@ from uuid import uuid4
 import psutil
 
 from pfedmoap_flwr.engines.simulation import flower_environment
-from pfedmoap_flwr.runs.record import Round
+from support import ROOT
 
-APP = Path(__file__).resolve().parent.parent
+APP = ROOT
 MARK = "PFEDMOAP_TEST_PROCESSES"
 RUN_SECONDS = 600.0
 SLOW_START = "Failed to start local SuperLink within"
@@ -142,18 +142,3 @@ def wait_for_port(port: int, timeout: float = 60.0) -> None:
                 return
         time.sleep(POLL_SECONDS)
     raise AssertionError(f"nothing listens on port {port} after {timeout:g} s")
-
-
-def accuracies(records: Sequence[Round]) -> dict[tuple[int, int, str], float]:
-    """Return {(round, client, metric): value} of all rounds."""
-    return {
-        (record.round, client, name): value
-        for record in records
-        for client, metrics in record.clients.items()
-        for name, value in metrics.items()
-    }
-
-
-def losses(records: Sequence[Round]) -> dict[int, float | None]:
-    """Return {round: mean training loss}."""
-    return {record.round: record.train_loss for record in records if record.round}
