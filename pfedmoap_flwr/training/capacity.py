@@ -25,11 +25,7 @@ def clients_that_fit(method: Method[Any, Any], work: Work[Any]) -> int:
     device = method.clip.device
     frozen = {p.untyped_storage().data_ptr() for p in method.clip.model.parameters()}
     batch = first_images([work], method.settings.batch_size)
-    try:
-        needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
-    except RuntimeError:
-        # A loss that takes gradients itself, by torch.func, cannot be measured: no risk on a GPU
-        return cores() if device.type == "cpu" else 1
+    needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
     fits = int(MEMORY_SHARE * memory(device)) // max(1, needed)
     return max(1, min(fits, cores() if device.type == "cpu" else MOST_STACKED))
 
@@ -47,7 +43,11 @@ def saved_bytes(stack: Stack, features: Tensor, labels: Tensor, without: set[int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        stack.losses(features, labels)
+        try:
+            stack.losses(features, labels)
+        except RuntimeError:
+            # PyTorch cannot watch a loss that takes gradients itself: the logits stand for it
+            stack.heads[0](features[0])
     return sum(size for place, size in sizes.items() if place not in without)
 
 
