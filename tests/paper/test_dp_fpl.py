@@ -14,7 +14,7 @@ from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.factors import factorise, whole_gradient
 from pfedmoap_flwr.methods.parts.privacy import clipped, delta_of, epsilon_of
 from pfedmoap_flwr.runs.folder import RunFolder
-from pfedmoap_flwr.training import local
+from pfedmoap_flwr.training import capacity, local
 from support.federation import Exchange, make_method, make_work
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
@@ -235,6 +235,12 @@ def test_released_noise_reaches_local_alone_and_the_server_adds_the_rest() -> No
     papers = make_method("dp_fpl")
     papers.merge(state, {i: Upload({"ctx": ctx.clone()}, 1) for i in range(4)})
     assert torch.equal(state.shared["ctx"], ctx)
+
+
+def test_the_memory_of_a_step_can_be_measured() -> None:
+    # With gradients by torch.func it raised, and no run could choose how many clients fit
+    method = make_method("dp_fpl")
+    assert capacity.clients_that_fit(method, make_work(method, method.build(), IMAGES)) >= 1
 
 
 # In a federation
