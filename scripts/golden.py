@@ -19,6 +19,8 @@ SETTINGS: dict[str, Any] = {
     "num-server-rounds": 3,
     "local-epochs": 1,
     "data.shots": 1,
+    "fraction-train": 0.25,
+    "eval-every": 3,
     "device": "cpu",
     "clients-at-once": 1,
 }

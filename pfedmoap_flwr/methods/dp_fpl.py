@@ -79,11 +79,11 @@ class DPFPL(Method[DPFPLSettings, DPFPLHead]):
     def loss(self, head: DPFPLHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return cross-entropy, whose gradients to ctx and local are the clipped ones."""
 
-        def of_one(prompt: Tensor, image: Tensor, label: Tensor) -> Tensor:
-            logits = head.classify(image.unsqueeze(0), head.encoder(prompt))
-            return F.cross_entropy(logits, label.unsqueeze(0), reduction="sum")
+        def losses_of(prompt: Tensor) -> Tensor:
+            logits = head.classify(features, head.encoder(prompt))
+            return F.cross_entropy(logits, labels, reduction="none")
 
-        return self.private().loss(of_one, head.ctx, head.local, head.start, features, labels)
+        return self.private().loss(losses_of, head.ctx, head.local, head.start, labels)
 
     def optimizer(self, work: Work[DPFPLHead], groups: list[dict[str, Any]]) -> Optimizer:
         """Return the default, which before each step adds noise and counts the step."""

@@ -45,4 +45,4 @@ class FedPer(Method[FedPerSettings, FedPerHead]):
     section = FedPerSettings
     head = FedPerHead
     personal = ("local",)
-    fidelity = "faithful; which tokens are personal is public code's choice"
+    fidelity = "faithful: which tokens are personal is public code's choice"

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from support.federation import forget_data
 from support.laws import every_method
 
 pytestmark = pytest.mark.slow
+MODELS = ("personal", "global")
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +47,15 @@ def test_three_rounds_give_what_they_gave(method: str, tmp_path: Path) -> None:
     assert [(r["round"], r["down"], r["up"]) for r in found] == [
         (r["round"], r["down"], r["up"]) for r in expected
     ]
+    # Rounding differs between machines, and training magnifies it
+    tolerances: dict[str, Any] = {
+        "loss": {"rel": 2e-3},
+        "personal": {"abs": 0.01},
+        "global": {"abs": 0.01},
+    }
     for one, other in zip(found, expected, strict=True):
-        # Rounding differs between machines, and training magnifies it
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
-        for name in ("personal", "global"):
-            assert one[name] == pytest.approx(other[name], abs=0.01)
+        for name, tolerance in tolerances.items():
+            if other[name] is None:
+                assert one[name] is None
+            else:
+                assert one[name] == pytest.approx(other[name], **tolerance)

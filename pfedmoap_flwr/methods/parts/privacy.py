@@ -29,6 +29,17 @@ def clipped(largest: float, *parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part * scale.view(-1, *[1] * (part.dim() - 1)) for part in parts)
 
 
+def by_image(losses: Tensor, parameter: Tensor) -> Tensor:
+    """Return each image's gradient (B, ...) of its loss, losses (B,), to a parameter (...)."""
+    # One backward pass for each image, all in one product; torch.func.grad would forbid the hooks
+    # with which the memory of a step is measured
+    images = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    (gradients,) = torch.autograd.grad(
+        losses, parameter, images, retain_graph=True, is_grads_batched=True
+    )
+    return gradients
+
+
 def clipped_mean(gradients: Tensor, largest: float) -> Tensor:
     """Return the mean (...) of gradients (B, ...), shortened to `largest` where longer."""
     return clipped(largest, gradients)[0].mean(0)
@@ -43,13 +54,7 @@ def privatised(
     N(0, (noise largest / B)^2) in every entry (Abadi et al., CCS 2016, arXiv 1607.00133). Every
     other parameter has the usual gradient, and the value is the usual one.
     """
-    each = torch.autograd.grad(
-        losses,
-        parameter,
-        torch.eye(len(losses), dtype=losses.dtype, device=losses.device),
-        retain_graph=True,
-        is_grads_batched=True,
-    )[0]
+    each = by_image(losses, parameter)
     drawn = gaussian(parameter, noise * largest / len(losses), generator)
     shift = ((clipped_mean(each, largest) + drawn - each.mean(0)) * parameter).sum()
     return losses.mean() + shift - shift.detach()

@@ -18,16 +18,14 @@ Shapes: B batch, M context tokens, D text width; a leading C where contexts are 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
 
 from pfedmoap_flwr.methods.parts.factors import factorise, whole_gradient
-from pfedmoap_flwr.methods.parts.privacy import clipped, epsilon_of, gaussian
+from pfedmoap_flwr.methods.parts.privacy import by_image, clipped, epsilon_of, gaussian
 
-LossOfOne = Callable[[Tensor, Tensor, Tensor], Tensor]
+LossesOf = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,25 +53,20 @@ class PrivateSteps:
         return epsilon_of(math.sqrt(epochs) / self.noise, delta)
 
     def loss(
-        self,
-        loss_of: LossOfOne,
-        ctx: Tensor,
-        local: Tensor,
-        start: Tensor,
-        features: Tensor,
-        labels: Tensor,
+        self, losses_of: LossesOf, ctx: Tensor, local: Tensor, start: Tensor, labels: Tensor
     ) -> Tensor:
         """Return the images' mean loss (), whose gradients to ctx and local are the clipped ones.
 
-        loss_of: loss of (prompt (M, D), one image's features, its label), 0 for a label below 0.
+        losses_of: the losses (B,) of a prompt (M, D), 0 where a label (B,) is below 0.
         """
+        prompt = (ctx + local).detach().requires_grad_()
+        losses = losses_of(prompt)
+        gradients = by_image(losses, prompt)
+        images = (labels >= 0).sum()
         with torch.no_grad():
-            each: Any = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))
-            gradients, losses = each(ctx + local, features, labels)
-            mean_loss = losses.sum() / (labels >= 0).sum()
             u, v = factorise(local, start)
             if self.released:
-                mean = gradients.sum(0, keepdim=True) / (labels >= 0).sum()
+                mean = gradients.sum(0, keepdim=True) / images
                 parts = [clipped(self.clip_norm, g)[0][0] for g in (mean, mean @ v.mT, u.mT @ mean)]
             else:
                 three = clipped(self.clip_norm, gradients, gradients @ v.mT, u.mT @ gradients)
@@ -82,7 +75,8 @@ class PrivateSteps:
             of_local = whole_gradient(of_u, of_v, u, v, self.released)
         # Each is 0 and has the gradient that is wanted
         carried = ((ctx - ctx.detach()) * of_ctx).sum()
-        return mean_loss + carried + ((local - local.detach()) * of_local).sum()
+        carried = carried + ((local - local.detach()) * of_local).sum()
+        return losses.detach().sum() / images + carried
 
     @torch.no_grad()
     def add_noise(
