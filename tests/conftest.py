@@ -1,6 +1,7 @@
 """Fixtures of all tests; what is no fixture is in support/."""
 
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from support.tiny import write_clip, write_images
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,6 @@
 """DP-FPL: factors, clipping and noise against numbers of its public code; what epsilon says."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from torch.nn import functional as F
 from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts.factors import factorise, whole_gradient
 from pfedmoap_flwr.methods.parts.privacy import clipped, delta_of, epsilon_of
-from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.training import capacity, local
-from support.federation import Exchange, make_method, make_work
+from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -247,7 +245,7 @@ def test_the_memory_of_a_step_can_be_measured() -> None:
 
 
 def test_epsilon_grows_with_the_epochs_and_stands_in_the_rounds(
-    federate: Callable[..., RunFolder], wire: list[Exchange]
+    federate: Federate, wire: list[Exchange]
 ) -> None:
     run = federate(method="dp_fpl", num_server_rounds=3, flat={"dp_fpl.noise": 2.0})
     assert {name for e in wire for name in (*e.up, *e.down)} == {"ctx"}
@@ -263,9 +261,7 @@ def test_epsilon_grows_with_the_epochs_and_stands_in_the_rounds(
 
 
 @pytest.mark.parametrize("options", [{"compat": "released"}, {"flat": {"dp_fpl.noise": 0.0}}])
-def test_what_is_not_bounded_is_not_said(
-    options: dict[str, Any], federate: Callable[..., RunFolder]
-) -> None:
+def test_what_is_not_bounded_is_not_said(options: dict[str, Any], federate: Federate) -> None:
     run = federate(method="dp_fpl", num_server_rounds=1, local_epochs=1, **options)
     assert [record.client_metrics for record in run.rounds()] == [{}, {}]
 
