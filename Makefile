@@ -1,23 +1,35 @@
 # A fresh clone needs nothing but Python 3.11+ and make.
 PYTHON ?= python3
+# The versions that were tested; `make LOCK= test` takes the newest that pyproject.toml allows.
+LOCK ?= requirements/lock.txt
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check settings bench-step bench-round bench-pool clean
+.PHONY: run test test-quick check settings lock bench-step bench-round bench-pool clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
 
+# Tests that start Flower's processes run by themselves: beside others they would wait for a core.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not processes"
+	$(BIN)/python -m pytest -m processes
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not processes"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 settings: $(STAMP)
 	$(BIN)/python -m pfedmoap_flwr.config
+
+lock: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --upgrade --output-file requirements/lock.txt
 
 bench-step bench-round bench-pool: bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.$*
@@ -25,8 +37,8 @@ bench-step bench-round bench-pool: bench-%: $(STAMP)
 clean:
 	rm -rf .venv
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable ".[dev]"
 	touch $@

@@ -1,12 +1,5 @@
-"""The ClientApp: query, train and evaluate, handed over at once."""
+"""The ClientApp's door in a clone."""
 
-from flwr.clientapp import ClientApp
-
-from pfedmoap_flwr.federation import client
+from pfedmoap_flwr.federation.apps import client_app as app
 
 __all__ = ["app"]
-
-app = ClientApp()
-app.query()(client.answering(client.query))
-app.train()(client.answering(client.train))
-app.evaluate()(client.answering(client.evaluate))

@@ -1,16 +1,5 @@
-"""The ServerApp: config -> strategy -> start -> results, handed over at once."""
+"""The ServerApp's door in a clone."""
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-
-from pfedmoap_flwr.federation.server import serve
+from pfedmoap_flwr.federation.apps import server_app as app
 
 __all__ = ["app"]
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the federation."""
-    serve(grid, context)

@@ -19,7 +19,8 @@ from pfedmoap_flwr import config
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.clip.text import PromptEncoder
-from pfedmoap_flwr.methods.base import Task
+from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.methods.base import Split, Work
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAP
 
 BATCH = 32
@@ -101,21 +102,22 @@ class Step:
         torch.manual_seed(0)
         settings = config.parse({"method": "pfedmoap", **prompt})
         self.clip, self.names, self.n_ctx = clip, classnames(classes), settings.prompt.n_ctx
-        method = PFedMoAP(settings)
-        head: Any = method.build(clip, Task(self.names, ""))
+        method = PFedMoAP(settings, settings.own, clip, Task(self.names, ""))
+        head: Any = method.build()
         self.head = head
         self.ours: PromptEncoder = head.encoder
         self.ours.memory = 0  # what is measured is encoding, not remembering
         self.given = Given(clip, classes, experts, self.ours.embed_dim)
-        if experts:
-            prompts = 0.02 * torch.randn(experts, self.n_ctx, self.ours.width)
-            self.head.receive({"experts": prompts})
-        self.head.encoder = self.given
-        with torch.no_grad():
-            self.head.encode()
         features = torch.randn(BATCH, self.ours.embed_dim, device=clip.device)
         self.features = F.normalize(features, dim=-1)
         self.labels = torch.randint(classes, (BATCH,), device=clip.device)
+        head.encoder = self.given
+        received = {}
+        if experts:
+            received["experts"] = 0.02 * torch.randn(experts, self.n_ctx, self.ours.width)
+        head.load(received)
+        images = Split(self.features, self.labels)
+        method.prepare(Work(0, 1, head, lambda name: images, received))
         parameters = self.head.named_parameters()
         groups = [{"params": [p], "lr": method.lr(name, 0, 1)} for name, p in parameters]
         self.optimizer = torch.optim.SGD(groups)

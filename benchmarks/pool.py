@@ -2,32 +2,24 @@
 
 `python -m benchmarks.pool [--quick]`. Each cell has a process of its own. The baseline is what the
 project did before: the whole pool in float64 for every participant; it is timed for one of them and
-multiplied. Gaussian prompts are the worst case for a filter: all are about equally far apart.
+multiplied. Gaussian prompts are the worst case for bounds: all are about equally far apart.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import in_fresh_process, peak_bytes, peak_resident, report, seconds
-from pfedmoap_flwr import nearest
+from pfedmoap_flwr.methods.parts.nearest import nearest
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, EXPERTS = 16, 9
 # Pools above are not held in memory; the baseline needs seven times the pool
 MAX_POOL, MAX_BASELINE = 4 * 10**9, 10**9
-PARTS = {
-    "round": (nearest._Rounded, "of"),
-    "products": (nearest._Rounded, "distances"),
-    "compare": (nearest._Search, "_filter"),
-    "refine": (nearest._Search, "_refine"),
-}
 
 
 class Windows(Mapping[int, Tensor]):
@@ -74,58 +66,29 @@ def baseline(pool: Mapping[int, Tensor], client: int) -> list[int]:
     return [others[i] for i in distances.argsort(stable=True)[:EXPERTS].tolist()]
 
 
-@contextmanager
-def stopwatch() -> Iterator[dict[str, float]]:
-    """Add up the seconds in each part of the search; reading the pool is not among them."""
-    spent = dict.fromkeys(PARTS, 0.0)
-
-    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(work)
-        def run(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return work(*arguments)
-            finally:
-                spent[name] += time.perf_counter() - start
-
-        return run
-
-    before = {name: vars(owner)[attribute] for name, (owner, attribute) in PARTS.items()}
-    for name, (owner, attribute) in PARTS.items():
-        work = timed(name, getattr(owner, attribute))
-        setattr(owner, attribute, staticmethod(work) if name == "round" else work)
-    yield spent
-    for name, (owner, attribute) in PARTS.items():
-        setattr(owner, attribute, before[name])
-
-
 def measure(count: int, width: int, data: str, participants: int) -> dict[str, Any]:
-    """Return one cell: seconds, gigabytes, seconds by part, and the baseline where it fits."""
+    """Return one cell: seconds, gigabytes, and the baseline where it fits."""
     pool = make_pool(count, width, data)
     clients = list(range(0, count, count // participants))[:participants]
     # Threads and matrix kernels are started before the clock is
-    nearest.nearest({i: pool[i] for i in clients}, clients[:100], EXPERTS)
+    nearest({i: pool[i] for i in clients}, clients[:100], EXPERTS, device=str(DEVICE))
     found: dict[int, list[int]] = {}
     took = 0.0
 
     def search() -> None:
         nonlocal took
         start = time.perf_counter()
-        found.update(nearest.nearest(pool, clients, EXPERTS))
+        found.update(nearest(pool, clients, EXPERTS, device=str(DEVICE)))
         took = time.perf_counter() - start
 
-    with stopwatch() as spent:
-        extra = peak_bytes(search, CPU)
-    spent["compare"] -= spent["products"]
-    spent["read, rest"] = took - sum(spent.values())
+    extra = peak_bytes(search, DEVICE)
     size = 0 if data == "windows" else count * TOKENS * width * 4
     cell: dict[str, Any] = {"cell": "pool", "N": count, "prompt": f"{TOKENS}x{width}", "data": data}
     cell |= {"seconds": took, "pool_gb": size / 1e9, "extra_gb": extra / 1e9}
     cell["process_gb"] = peak_resident() / 1e9
-    cell["parts"] = {name: round(value, 2) for name, value in spent.items()}
     if 0 < size <= MAX_BASELINE:
         assert all(baseline(pool, client) == found[client] for client in clients[:2])
-        cell["before_s"] = participants * seconds(lambda: baseline(pool, clients[2]), CPU, 1)
+        cell["before_s"] = participants * seconds(lambda: baseline(pool, clients[2]), DEVICE, 1)
         cell["before"] = "one participant, multiplied"
         cell["ratio"] = cell["before_s"] / took
     return cell
@@ -152,7 +115,7 @@ def main() -> None:
             ratios[f"gb_1e5_{cell['prompt']}"] = cell["process_gb"]
             if "ratio" in cell:
                 ratios["ratio_1e5"] = cell["ratio"]
-    report("pool", CPU, cells, **ratios)
+    report("pool", DEVICE, cells, **ratios)
 
 
 if __name__ == "__main__":

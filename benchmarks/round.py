@@ -22,9 +22,9 @@ from benchmarks.common import report
 from pfedmoap_flwr.clip.load import resolve_device
 
 ENGINES = {
-    "ray": [],
-    "one-by-one": ["--in-process", "clients-at-once=1"],
-    "at-once": ["--in-process"],
+    "ray": ["--engine", "ray"],
+    "one-by-one": ["clients-at-once=1"],
+    "at-once": [],
 }
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     if options.quick:
         settings += ["local-epochs=1", "data.shots=1"]
     device = resolve_device("auto")
-    _run(["--in-process"], [*settings, "num-server-rounds=1", "data.num-clients=10"])  # features
+    _run([], [*settings, "num-server-rounds=1", "data.num-clients=10"])  # features
     cells, ratios = [], {}
     for count in clients:
         of_engine: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ ENVIRONMENT_VARIABLE = "PFEDMOAP_ASSETS"
 def asset(relative: str) -> Path:
     """Return the path of an embedded asset, e.g. "clip/mini.json".
 
-    Raises UsageError that says where was looked and how to get it.
+    Raises UsageError that names the folders searched, and says how to get it.
     """
     folders = list(_folders())
     for folder in folders:

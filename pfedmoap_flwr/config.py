@@ -1,40 +1,76 @@
-"""All settings of a run: the general ones, one table per part, one table per method.
+"""Where the values of a run's settings come from, and how they are written down.
+
+The settings of a run are the general ones, a section for each part and one for each method that has
+any. A method is imported (and PyTorch with it) when it is chosen or one of its keys is named, so
+that a wrong setting is refused at once.
 
 `python -m pfedmoap_flwr.config` writes the table in pyproject.toml, from which Flower takes the
 defaults (a key that is absent there cannot be overridden).
 """
 
-import dataclasses
+import difflib
+import functools
 import json
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pfedmoap_flwr import methods, settings
-from pfedmoap_flwr.clip.load import ClipSettings
-from pfedmoap_flwr.data.partition import DataSettings
+from pydantic import Field, field_validator
+from pydantic.fields import FieldInfo
+
+from pfedmoap_flwr import methods
+from pfedmoap_flwr.clip.settings import ClipSettings
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods.base import PromptSettings
-from pfedmoap_flwr.settings import Value, setting
+from pfedmoap_flwr.methods.settings import LearningSettings
+from pfedmoap_flwr.settings import (
+    NOUNS,
+    Section,
+    Value,
+    build,
+    fields,
+    flatten,
+    help_line,
+    no_choice,
+    reject_unknown,
+    setting,
+)
+
+FLOWER_TABLE = "tool.flwr.app.config"
+# These keys come first wherever settings are listed; the others follow as they are declared
+FIRST = ("method", "seed", "compat", "num-server-rounds", "local-epochs", "fraction-train")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class General:
-    """Settings that every run has."""
+class ServerSettings(Section):
+    """How the server combines what clients upload, for methods that take its mean."""
+
+    rule: Literal[
+        "average",
+        "fedavgm",
+        "fedadagrad",
+        "fedadam",
+        "fedyogi",
+        "fedmedian",
+        "fedtrimmedavg",
+        "krum",
+        "multikrum",
+        "bulyan",
+    ] = setting("average", "of the shared tensors; all but average are Flower's own")
+    lr: float = setting(0.0, "learning rate of fedavgm to fedyogi; 0: Flower's own", low=0)
+    momentum: float = setting(0.9, "fedavgm's", low=0, high=1)
+    trim: float = setting(0.2, "share cut off at each end by fedtrimmedavg", low=0, high=0.5)
+    malicious: int = setting(0, "clients that krum, multikrum and bulyan reckon with", low=0)
+    selected: int = setting(1, "clients that multikrum averages", low=1)
+
+
+class Settings(LearningSettings):
+    """Everything a run was asked to do; `tables` holds the sections of methods by their names."""
 
     method: str = setting("pfedmoap", "what is learned, a module of pfedmoap_flwr/methods")
-    seed: int = setting(0, "everything random follows from it", low=0)
-    compat: Literal["paper", "released"] = setting(
-        "paper", "where the released code contradicts its paper, follow"
-    )
-    num_server_rounds: int = setting(10, "rounds T", low=1)
-    local_epochs: int = setting(5, "epochs E of a client in a round", low=1)
     fraction_train: float = setting(1.0, "fraction r of the clients that train", above=0, high=1)
-    batch_size: int = setting(32, "images in a training step", low=1)
-    lr: float = setting(0.002, "learning rate of the prompt (SGD)", above=0)
     eval_every: int = setting(1, "evaluate all clients after every n-th round", low=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where clients compute")
     clients_at_once: int = setting(
@@ -45,33 +81,33 @@ class General:
     state_dir: str = setting("", "where clients keep their state; empty: ~/.pfedmoap/clients")
     run_dir: str = setting("", "results folder; empty: runs/<time>-<method>-<dataset>-s<seed>")
     resume: str = setting("", "results folder of a run to continue")
+    clip: ClipSettings = ClipSettings()
+    data: DataSettings = DataSettings()
+    server: ServerSettings = ServerSettings()
+    tables: Mapping[str, Section] = Field(
+        default_factory=lambda values: {values["method"]: methods.load(values["method"]).section()},
+        exclude=True,
+    )
 
+    @field_validator("method")
+    @classmethod
+    def _there_is_such_a_method(cls, name: str) -> str:
+        if name not in methods.names():
+            raise ValueError(no_choice(name, methods.names()))
+        return name
 
-FLOWER_TABLE = "tool.flwr.app.config"
-PARTS: dict[str, type] = {"prompt": PromptSettings, "clip": ClipSettings, "data": DataSettings}
-
-
-@dataclass(frozen=True)
-class Settings(General):
-    """Everything a run was asked to do; `tables` holds the settings objects of the methods."""
-
-    prompt: PromptSettings = dataclasses.field(default_factory=PromptSettings)
-    clip: ClipSettings = dataclasses.field(default_factory=ClipSettings)
-    data: DataSettings = dataclasses.field(default_factory=DataSettings)
-    tables: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _method_tables({}))
+    def __hash__(self) -> int:
+        return hash(tuple(self.flat().items()))
 
     @property
     def own(self) -> Any:
-        """The chosen method's own settings, or None."""
-        return self.tables.get(self.method)
+        """The chosen method's section, an empty one where it has no settings."""
+        return self.tables[self.method]
 
     def flat(self) -> dict[str, Value]:
-        """Return all settings as Flower's flat configuration."""
-        general = {field.name: getattr(self, field.name) for field in dataclasses.fields(General)}
-        result = settings.flatten(General(**general))
-        for name, part in [*((n, getattr(self, n)) for n in PARTS), *self.tables.items()]:
-            result |= settings.flatten(part, f"{name}.")
-        return result
+        """Return all settings as Flower's flat configuration; of methods, those in `tables`."""
+        flat = _in_order(super().flat())
+        return flat | flatten({name: table.flat() for name, table in self.tables.items()})
 
     def replace(self, flat: Mapping[str, Value]) -> "Settings":
         """Return a copy with some flat keys set."""
@@ -81,18 +117,31 @@ class Settings(General):
 def parse(flat: Mapping[str, Value]) -> Settings:
     """Make Settings from a flat configuration; keys that are left out keep their defaults.
 
+    Equal configurations give the same object: every message of a run brings the same one.
+
     Raises UsageError naming the key for an unknown key, a wrong type, an impossible value.
     """
-    settings.reject_unknown(flat, known_keys())
-    general = settings.build(General, flat)
-    if general.method not in methods.names():
-        raise UsageError(
-            f"setting method={general.method!r}: must be one of {', '.join(methods.names())}"
-        )
-    parts: dict[str, Any] = {
-        name: settings.build(cls, flat, f"{name}.") for name, cls in PARTS.items()
+    if not all(isinstance(value, Value) for value in flat.values()):
+        return _parse(flat)  # raises: a list or a date of a file is no setting (nor hashable)
+    # With its type: True equals 1, and the cache would return the settings of the other one
+    return _parse_once(tuple((key, type(value), value) for key, value in flat.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_once(items: tuple[tuple[str, type, Value], ...]) -> Settings:
+    return _parse({key: value for key, _, value in items})
+
+
+def _parse(flat: Mapping[str, Value]) -> Settings:
+    reject_unknown(flat, known_fields(_meant_methods(flat)))
+    settings = build(Settings, flat)
+    present = {settings.method, *(key.partition(".")[0] for key in flat)}
+    tables = {
+        name: build(methods.load(name).section, flat, f"{name}.")
+        for name in methods.names()
+        if name in present
     }
-    return Settings(**vars(general), **parts, tables=_method_tables(flat))
+    return settings.model_copy(update={"tables": tables})
 
 
 def parse_words(words: list[str]) -> dict[str, Value]:
@@ -100,14 +149,14 @@ def parse_words(words: list[str]) -> dict[str, Value]:
 
     A value is read as its setting's type: `seed=1` a whole number, `lr=1` a number.
     """
-    defaults = Settings().flat()
     flat: dict[str, Value] = {}
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
             raise UsageError(f"'{word}' is not KEY=VALUE, as in local-epochs=1")
-        settings.reject_unknown([key], defaults)
-        flat[key] = _read(key, text.strip().strip("\"'"), defaults[key])
+        known = known_fields(_meant_methods([key]))
+        reject_unknown([key], known)
+        flat[key] = _read(key, text.strip().strip("\"'"), known[key])
     return flat
 
 
@@ -117,7 +166,7 @@ def parse_file(path: Path) -> dict[str, Value]:
     Raises UsageError naming the file, and the key where one is wrong.
     """
     try:
-        flat = _flatten(tomllib.loads(path.read_text()))
+        flat = flatten(tomllib.loads(path.read_text()))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -130,38 +179,39 @@ def parse_file(path: Path) -> dict[str, Value]:
 
 
 def known_keys() -> dict[str, str]:
-    """Return {key: help} of every setting there is."""
-    lines = settings.helps(General)
-    for name, cls in [*PARTS.items(), *_table_classes().items()]:
-        lines |= settings.helps(cls, f"{name}.")
-    return lines
+    """Return {key: help} of every setting there is. All methods are imported."""
+    return {key: help_line(field) for key, field in known_fields(methods.names()).items()}
 
 
-def _read(key: str, text: str, default: Value) -> Value:
+def known_fields(names: Iterable[str]) -> dict[str, FieldInfo]:
+    """Return {key: field} of the settings of every run, and of some methods, which are imported."""
+    known = _in_order(fields(Settings))
+    for name in names:
+        known |= fields(methods.load(name).section, f"{name}.")
+    return known
+
+
+def _meant_methods(keys: Iterable[str]) -> list[str]:
+    """Return the methods whose settings the keys name, or nearly name."""
+    sections = {key.partition(".")[0] for key in fields(Settings) if "." in key}
+    words = [*sections, *methods.names()]
+    named = {key.partition(".")[0] for key in keys if "." in key}
+    near = {word for name in named for word in difflib.get_close_matches(name, words, n=1)}
+    return [name for name in methods.names() if name in near]
+
+
+def _in_order(flat: dict[str, T]) -> dict[str, T]:
+    return {key: flat[key] for key in FIRST} | flat
+
+
+def _read(key: str, text: str, field: FieldInfo) -> Value:
+    kind: Any = field.annotation
     try:
-        if isinstance(default, bool):
+        if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return type(default)(text)
+        return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise UsageError(f"setting {key}={text!r}: must be {kind}") from None
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
-
-
-def _table_classes() -> dict[str, type]:
-    classes = {name: methods.load(name).table for name in methods.names()}
-    return {name: cls for name, cls in classes.items() if cls is not None}
-
-
-def _method_tables(flat: Mapping[str, Value]) -> dict[str, Any]:
-    return {name: settings.build(cls, flat, f"{name}.") for name, cls in _table_classes().items()}
+        raise UsageError(f"setting {key}={text!r}: must be {NOUNS[kind]}") from None
 
 
 def toml(
@@ -172,7 +222,7 @@ def toml(
     for key, value in flat.items():
         table, _, name = key.rpartition(".")
         comment = f"  # {comments[key]}" if comments else ""
-        groups.setdefault(table, []).append(f"{name} = {_toml(value)}{comment}")
+        groups.setdefault(table, []).append(f"{name} = {to_toml(value)}{comment}")
     blocks = []
     for table, lines in groups.items():
         title = ".".join(part for part in (root, table) if part)
@@ -182,7 +232,8 @@ def toml(
 
 def pyproject_table() -> str:
     """Return Flower's configuration table with every default and its help."""
-    return toml(Settings().flat(), FLOWER_TABLE, known_keys())
+    defaults = {key: field.default for key, field in known_fields(methods.names()).items()}
+    return toml(defaults, FLOWER_TABLE, known_keys())
 
 
 def write_pyproject(path: Path) -> None:
@@ -192,7 +243,8 @@ def write_pyproject(path: Path) -> None:
     path.write_text(head.rstrip("\n") + "\n\n" + pyproject_table())
 
 
-def _toml(value: Value) -> str:
+def to_toml(value: Value) -> str:
+    """Return a value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

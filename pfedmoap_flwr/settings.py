@@ -1,36 +1,29 @@
-"""Typed settings: frozen dataclasses <-> Flower's flat, kebab-case run configuration.
+"""What can be set: typed sections, read from Flower's flat, kebab-case run configuration.
 
-A settings class is a frozen dataclass whose fields are made by `setting`. This module knows how to
-check one; `config` says which ones there are.
+A section is a frozen pydantic model whose fields are made by `setting`, or are sections themselves.
+A flat configuration names a field of an inner section with a dot: data.num-clients. This module
+knows how to check a section; `config` says which ones a run has.
 """
 
-import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from pfedmoap_flwr.errors import UsageError
 
 Value = bool | int | float | str
-T = TypeVar("T")
+S = TypeVar("S", bound="Section")
 
-
-def setting(
-    default: Value,
-    help: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Declare a field: default, one line of help, bounds low <= value <= high and value > above.
-
-    `choices` are for a text whose values are found, not written down; others have a Literal type.
-    """
-    bounds = {"low": low, "high": high, "above": above, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+# What a value of a type is called in an error
+NOUNS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
 
 
 def key_of(field_name: str) -> str:
@@ -38,37 +31,125 @@ def key_of(field_name: str) -> str:
     return field_name.rstrip("_").replace("_", "-")
 
 
-def flatten(instance: Any, prefix: str = "") -> dict[str, Value]:
-    """Return the fields of one settings object as {prefix + key: value}."""
-    return {
-        prefix + key_of(field.name): getattr(instance, field.name)
-        for field in dataclasses.fields(instance)
-    }
+class Section(BaseModel):
+    """Settings that belong together. This class itself is the section without any.
+
+    Values are checked on construction and not converted, except that a whole number is taken where
+    a number is expected.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=key_of,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _one_of_the_choices(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed = choices(cls.model_fields[str(info.field_name)])
+        if allowed and value not in allowed:
+            raise ValueError(no_choice(value, allowed))
+        return value
+
+    def flat(self) -> dict[str, Value]:
+        """Return {key: value} of all settings."""
+        return flatten(self.model_dump(by_alias=True))
 
 
-def helps(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return {prefix + key: help} of a settings class, choices included."""
-    hints = get_type_hints(cls)
-    lines = {}
-    for field in dataclasses.fields(cls):
-        choices = _choices(hints[field.name], field.metadata)
-        text = field.metadata["help"]
-        lines[prefix + key_of(field.name)] = f"{text}: {' | '.join(choices)}" if choices else text
-    return lines
+def setting(
+    default: Value,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a field: default, one line of help, bounds low <= value <= high and value > above.
+
+    `choices` are the allowed texts where the program collects them, as names of partitions; fixed
+    ones are a Literal type.
+    """
+    return Field(
+        default,
+        description=help,
+        ge=low,
+        le=high,
+        gt=above,
+        json_schema_extra={"enum": list(choices)} if choices else None,
+    )
 
 
-def build(cls: type[T], flat: Mapping[str, Value], prefix: str = "") -> T:
-    """Make a settings object from the flat keys that start with `prefix`; others are ignored.
+def fields(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return {prefix + key: field}, those of inner sections last.
+
+    A field has the `default`, the `annotation` (its type) and the `description` (its help).
+    """
+    own: dict[str, FieldInfo] = {}
+    inner: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        key, kind = prefix + key_of(name), field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            inner |= fields(kind, f"{key}.")
+        elif not field.exclude:
+            own[key] = field
+    return own | inner
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the texts that a field can be; empty where any value within its bounds is right."""
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    extra = field.json_schema_extra
+    found = extra.get("enum") if isinstance(extra, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def limits(field: FieldInfo) -> list[str]:
+    """Return the bounds of a number, as ">= 1"; none where any will do."""
+    signs = {"ge": ">=", "gt": ">", "le": "<="}
+    return [
+        f"{sign} {getattr(rule, name):g}"
+        for name, sign in signs.items()
+        for rule in field.metadata
+        if hasattr(rule, name)
+    ]
+
+
+def help_line(field: FieldInfo) -> str:
+    """Return a field's help, choices included."""
+    text, allowed = field.description or "", choices(field)
+    return f"{text}: {' | '.join(allowed)}" if allowed else text
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a table of tables as one, {"data": {"alpha": 1}} as {"data.alpha": 1}, tables last."""
+    flat = {prefix + key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def build(section: type[S], flat: Mapping[str, Any], prefix: str = "") -> S:
+    """Make a section from its keys, which start with `prefix`; others are ignored.
 
     Raises UsageError for a wrong type, an unknown choice or a value out of bounds.
     """
-    hints = get_type_hints(cls)
-    values = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = prefix + key_of(field.name)
-        if key in flat:
-            values[field.name] = _checked(key, flat[key], hints[field.name], field.metadata)
-    return cls(**values)
+    known = fields(section, prefix)
+    values = _nest({key.removeprefix(prefix): flat[key] for key in known if key in flat})
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = prefix + ".".join(map(str, first["loc"]))
+        reason = _reason(known[key], first["type"], first["input"], first.get("ctx", {}))
+        raise UsageError(f"setting {key}={first['input']!r}: {reason}") from None
 
 
 def reject_unknown(flat: Iterable[str], known: Iterable[str]) -> None:
@@ -76,36 +157,38 @@ def reject_unknown(flat: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in flat:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise UsageError(f"unknown setting '{key}'; did you mean '{near[0]}'?")
+            raise UsageError(f"unknown setting '{key}'; did you mean '{_nearest(key, known)}'?")
 
 
-def _choices(hint: Any, bounds: Mapping[str, Any]) -> tuple[str, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else bounds["choices"]
+def no_choice(value: Any, allowed: Iterable[str]) -> str:
+    """Return the reason why a value is wrong that is none of those allowed."""
+    allowed = list(allowed)
+    near = _nearest(str(value), allowed)
+    return f"must be one of {', '.join(allowed)}; did you mean '{near}'?"
 
 
-def _checked(key: str, value: Value, hint: Any, bounds: Mapping[str, Any]) -> Value:
-    if choices := _choices(hint, bounds):
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-            raise UsageError(
-                f"setting {key}={value!r}: must be one of {', '.join(choices)}; "
-                f"did you mean '{near[0]}'?"
-            )
-        return value
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        raise UsageError(f"setting {key}={value!r}: must be {_article(hint)}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        low, high, above = bounds["low"], bounds["high"], bounds["above"]
-        if not math.isfinite(value) or not (low <= value <= high and value > above):
-            limits = [f">= {low:g}"] if math.isfinite(low) else []
-            limits += [f"<= {high:g}"] if math.isfinite(high) else []
-            limits += [f"> {above:g}"] if math.isfinite(above) else []
-            raise UsageError(f"setting {key}={value!r}: must be {' and '.join(limits) or 'finite'}")
-    return value
+def _reason(field: FieldInfo, error: str, value: Any, context: Mapping[str, Any]) -> str:
+    """Put pydantic's kind of error into this program's words."""
+    if allowed := choices(field):
+        return no_choice(value, allowed)
+    if error == "value_error":  # from a validator of ours
+        return str(context["error"])
+    if error.endswith("_type"):
+        return f"must be {NOUNS[field.annotation]}"
+    return f"must be {' and '.join(limits(field)) or 'finite'}"
 
 
-def _article(hint: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten`."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return nested
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]

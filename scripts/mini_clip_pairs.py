@@ -77,9 +77,11 @@ def fetch_deb(package: str, work: Path) -> Path:
 
 def as_rgba(source: bytes | Path) -> NDArray[np.uint8]:
     """A raster or SVG drawing, fitted into SIZE x SIZE x 4 with a transparent border."""
-    if isinstance(source, bytes):
-        source = io.BytesIO(cairosvg.svg2png(bytestring=source, output_width=2 * SIZE))
-    drawing = Image.open(source).convert("RGBA")
+    is_svg = isinstance(source, bytes)
+    file = (
+        io.BytesIO(cairosvg.svg2png(bytestring=source, output_width=2 * SIZE)) if is_svg else source
+    )
+    drawing = Image.open(file).convert("RGBA")
     drawing.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
     canvas.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))

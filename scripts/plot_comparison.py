@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pfedmoap_flwr.report.run_folder import RunFolder
+from pfedmoap_flwr.runs.folder import RunFolder
 
 
 def curves(folder: Path) -> dict[str, np.ndarray]:

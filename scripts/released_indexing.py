@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pfedmoap_flwr.clip.features import read_images
+from pfedmoap_flwr.clip.features import Reading, read_images
 from pfedmoap_flwr.clip.load import load_clip
+from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.data.images import ImageData, load_images
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition
+from pfedmoap_flwr.data.partition import ClientRows, partition
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.randomness import numpy_generator
 
 WAYS = ("here", "released: paths", "released: class order", "released: both")
@@ -24,8 +26,8 @@ WAYS = ("here", "released: paths", "released: class order", "released: both")
 
 def main(seeds: Sequence[int]) -> None:
     """Print a Markdown table: domains by ways, in percent, mean over clients and seeds."""
-    images, clip = load_images("emoji-domains"), load_clip("mini", "mini", "cpu")
-    features = read_images(clip, images.splits["test"], "features")
+    images, clip = load_images("emoji-domains"), load_clip(ClipSettings(), "cpu")
+    features = read_images(clip, images.splits["test"], Reading())
     text = clip.zeroshot(images.classnames, images.template)
     predicted = (features @ text.t()).argmax(dim=1).numpy()
     rows: dict[str, list[list[float]]] = {domain: [] for domain in images.domains}

@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -132,14 +132,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, rows: Tensor)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def new_model(config: Path, init: Path | None) -> nn.Module:
+def new_model(config: Path, init: Path | None) -> Any:
     """An open_clip model of the JSON config, untrained or with the weights of `init`."""
     open_clip.add_model_config(config)
     model = open_clip.create_model(config.stem, pretrained=init and str(init))
     return model.to(memory_format=torch.channels_last)
 
 
-def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
+def text_features(model: Any, tokens: Tensor) -> Tensor:
     """B x 32 tokens -> B x D unit features, as `encode_text` does, but without the empty tail.
 
     The mask is causal, so what follows the end token cannot change it; captions are short.
@@ -155,7 +155,7 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential average of weights and buffers that forgets the start sooner."""
 
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+    def update(averages: Any, values: Any, count: Any) -> None:
         warm = (1 + int(count)) / (10 + int(count))
         get_ema_multi_avg_fn(min(decay, warm))(averages, values, count)
 
@@ -164,7 +164,8 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 def optimizer_for(model: nn.Module, lr: float, decay: float) -> torch.optim.AdamW:
     """AdamW; gains, biases, the scale and the token table are not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_free = parameter.ndim < 2 or "embedding" in name
         (free if is_free else decayed).append(parameter)

@@ -1,55 +1,30 @@
-"""A tiny random CLIP and a tiny two-domain data set, found the way the embedded ones are."""
+"""Fixtures of all tests; what is no fixture is in support/."""
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import functools
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import open_clip
 import pytest
 import torch
-from flwr.app import Message
-from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor
 
-from pfedmoap_flwr import config
-from pfedmoap_flwr.federation import inprocess, records
-from pfedmoap_flwr.federation.inprocess import FIRST_NODE_ID, InProcessGrid, run_in_process
-from pfedmoap_flwr.report.run_folder import RunFolder
-
-CLASSNAMES = ["red panda", "blue whale", "green tree frog", "snow_owl"]
-DOMAINS = ["photo", "sketch"]
-NUM_CLIENTS = 4
-TINY_CLIP = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
-}
-TINY: dict[str, Any] = {
-    "clip.model": "tiny",
-    "clip.pretrained": "tiny",
-    "data.num-clients": NUM_CLIENTS,
-    "data.alpha": 5.0,
-    "prompt.n-ctx": 4,
-    "num-server-rounds": 2,
-    "local-epochs": 2,
-    "batch-size": 8,
-    "pfedmoap.d-gating": 32,
-    "pfedmoap.heads": 4,
-    "pfedmoap.num-experts": 2,
-    "device": "cpu",
-    "clients-at-once": 1,
-}
-PER_CLASS = {"train": 12, "validation": 4, "test": 8}
+from pfedmoap_flwr.engines import in_process
+from pfedmoap_flwr.runs.folder import RunFolder
+from support.federation import Exchange, Federate, recording, run_tiny
+from support.tiny import write_clip, write_images
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,122 +35,34 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch.setenv("PFEDMOAP_ASSETS", str(folder))
     patch.setenv("PFEDMOAP_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("PFEDMOAP_HOME", str(tmp_path_factory.mktemp("home")))
-    (folder / "clip").mkdir()
-    (folder / "clip" / "tiny.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(folder / "clip")
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny")
-    # A random vision tower tells images apart better with larger weights; a text tower like that
-    # would turn rounding errors of the context into other features
-    large = "visual.transformer.resblocks"
-    weights = {n: t * (3 if large in n else 1) for n, t in model.state_dict().items()}
-    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "clip" / "tiny.safetensors")
-    _write_images(folder / "emoji-domains")
+    write_clip(folder / "clip")
+    write_images(folder / "emoji-domains")
     return folder
 
 
-def _write_images(folder: Path) -> None:
-    """One colour per class, darker in the second domain, with noise."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    colours = np.array([[220, 40, 40], [40, 40, 220], [40, 200, 40], [230, 230, 230]])
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=CLASSNAMES),
-            "domain": datasets.ClassLabel(names=DOMAINS),
-        }
-    )
-    for split, count in PER_CLASS.items():
-        rows: dict[str, list[Any]] = {"image": [], "label": [], "domain": []}
-        for domain in range(len(DOMAINS)):
-            for label in range(len(CLASSNAMES)):
-                for _ in range(count):
-                    noise = rng.normal(0, 30, (16, 16, 3))
-                    pixels = np.clip(colours[label] * (1 - 0.5 * domain) + noise, 0, 255)
-                    rows["image"].append(Image.fromarray(pixels.astype(np.uint8)))
-                    rows["label"].append(label)
-                    rows["domain"].append(domain)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-
-
 @pytest.fixture
-def federate(tmp_path: Path) -> Callable[..., RunFolder]:
-    """Run a tiny federation in process; `changes` are flat settings with "_" for "-"."""
+def federate(tmp_path: Path) -> Federate:
+    """Run a tiny federation in a folder of the test's own."""
+    return lambda name="run", **changes: run_tiny(tmp_path / name, **changes)
 
-    def run(name: str = "run", **changes: Any) -> RunFolder:
-        import client_app
-        import server_app
 
-        folder = tmp_path / name
-        flat = {**TINY, "run-dir": str(folder), "state-dir": str(folder / "clients")}
-        flat |= changes.pop("flat", {})
-        flat |= {key.replace("_", "-"): value for key, value in changes.items()}
-        settings = config.parse(flat)
-        clients = settings.data.num_clients
-        run_in_process(server_app.app, client_app.app, settings.flat(), clients)
-        return RunFolder(folder)
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+    """Return the run with these settings, for tests that compare with it and change nothing in it.
+
+    It is run once in a session, so ask for it before anything is patched.
+    """
+
+    @functools.cache
+    def run(**changes: Any) -> RunFolder:
+        return run_tiny(tmp_path_factory.mktemp("reference") / "run", **changes)
 
     return run
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange:
-    """A message, its answer, and copies of the arrays that went down and up."""
-
-    kind: str
-    round: int
-    client: int
-    down: dict[str, Tensor]
-    up: dict[str, Tensor]
-    message: Message
-    reply: Message
 
 
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> list[Exchange]:
     """All that travels in the test's federations after the introductions, in order."""
     exchanges: list[Exchange] = []
-
-    class RecordingGrid(InProcessGrid):
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            ids = []
-            for message in messages:
-                ids += super().push_messages([message])
-                if "arrays" in message.content:
-                    exchanges.append(_exchange(message, self._replies[ids[-1]]))
-            return ids
-
-    monkeypatch.setattr(inprocess, "InProcessGrid", RecordingGrid)
+    monkeypatch.setattr(in_process, "InProcessGrid", recording(exchanges))
     return exchanges
-
-
-def _exchange(message: Message, reply: Message) -> Exchange:
-    up = reply.content.get("arrays") if reply.has_content() else None
-    return Exchange(
-        kind=message.metadata.message_type,
-        round=int(message.content["config"]["round"]),
-        client=message.metadata.dst_node_id - FIRST_NODE_ID,
-        down=records.to_tensors(message.content["arrays"]),
-        up={} if up is None else records.to_tensors(up),
-        message=message,
-        reply=reply,
-    )
-
-
-def rounds(run: RunFolder) -> list[dict[str, Any]]:
-    """Return what rounds.jsonl says, apart from the time it took."""
-    return [{**asdict(record), "seconds": None} for record in run.rounds()]
-
-
-def tensor_files(run: RunFolder) -> dict[str, bytes]:
-    """Return the checkpoint and every kept head, byte for byte."""
-    files = sorted(run.path.rglob("*.safetensors"))
-    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
-
-
-def assert_same(run: RunFolder, other: RunFolder) -> None:
-    """Two runs left the same bytes and the same numbers."""
-    assert rounds(run) == rounds(other)
-    assert tensor_files(run) == tensor_files(other)
-    assert (run.path / "clients.csv").read_text() == (other.path / "clients.csv").read_text()

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support import ROOT
+
+pytestmark = pytest.mark.processes
 
 QUICK = {
     # benchmark: how many cells of each kind its quick run has
@@ -21,10 +24,9 @@ def last_line(benchmark: str) -> Any:
     """Run it with --quick on one thread and read its last line."""
     name, *options = benchmark.split()
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *options]
-    root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     del environment["PFEDMOAP_ASSETS"]  # the tests' own, which lack the bundled model
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,12 +1,10 @@
 """CUDA gives what the CPU gives, up to float error."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from pfedmoap_flwr import methods
-from pfedmoap_flwr.report.run_folder import RunFolder
+from support.federation import Federate
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="this machine has no CUDA device"
@@ -17,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("at_once", [1, 0])
 @pytest.mark.parametrize("method", methods.names())
 def test_a_federation_on_cuda_equals_one_on_the_cpu(
-    method: str, at_once: int, precision: str, federate: Callable[..., RunFolder]
+    method: str, at_once: int, precision: str, federate: Federate
 ) -> None:
     cpu = federate("cpu", method=method, device="cpu").rounds()
     cuda = federate(

@@ -1,20 +1,26 @@
-"""Rule 1, who may know whom; nothing is pickled; no file and no function is long."""
+"""What the import contracts of pyproject.toml do not say, and how the source is written.
+
+Methods know nothing of each other; Flower's inner names stay in one file; nothing is pickled; no
+private name leaves its module; no file and no function is long.
+"""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pfedmoap_flwr import methods
-from pfedmoap_flwr.methods import Method
+from pfedmoap_flwr.methods.base import Method
+from support import ROOT
 
-ROOT = Path(methods.__file__).parents[2]
 PACKAGE = "pfedmoap_flwr"
 FILES = [*sorted(ROOT.glob(f"{PACKAGE}/**/*.py")), ROOT / "server_app.py", ROOT / "client_app.py"]
+SOURCES = [*FILES, *sorted(ROOT.glob("tests/**/*.py"))]
+OURS = (PACKAGE, "benchmarks", "support")
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 def imports(source: str, package: str = "") -> set[str]:
@@ -64,16 +70,23 @@ def long_functions(source: str) -> set[str]:
     return {f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > MAX_FUNCTION}
 
 
-def in_folder(name: str) -> Iterator[Path]:
-    found = [path for path in FILES if path.parent == ROOT / PACKAGE / name]
-    assert len(found) > 1
-    return iter(found)
+def private_uses(source: str) -> set[str]:
+    """The private names of other modules of this repository that a source imports or reaches."""
+    found, ours = set(), set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
+            names = {alias.name: alias.asname or alias.name for alias in node.names}
+            found |= {name for name in names if is_private(name)}
+            ours |= set(names.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[0] in ours:
+            found |= {node.attr} if is_private(node.attr) else set()
+    return found
 
 
-def test_methods_import_no_flower_and_no_federation() -> None:
-    for path in in_folder("methods"):
-        forbidden = (f"{PACKAGE}.federation", f"{PACKAGE}.report", f"{PACKAGE}.cli", "ray")
-        assert within(of_file(path), "flwr", *forbidden) == set(), path.name
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -94,24 +107,36 @@ def test_a_method_inherits_the_abstraction_and_no_method(name: str) -> None:
     assert found.__module__ == f"{PACKAGE}.methods.{name}"
 
 
-def test_the_base_knows_no_method() -> None:
-    base = ROOT / PACKAGE / "methods" / "base.py"
+def test_what_methods_share_knows_no_method() -> None:
+    folder = ROOT / PACKAGE / "methods"
+    shared = [folder / "base.py", folder / "settings.py", *folder.glob("parts/*.py")]
+    assert len(shared) > 4
     others = [f"{PACKAGE}.methods.{name}" for name in methods.names()]
-    assert within(of_file(base), *others) == set()
+    for path in shared:
+        assert within(of_file(path), *others) == set(), path.name
 
 
-@pytest.mark.parametrize("folder", ["clip", "data"])
-def test_clip_and_data_know_neither_methods_nor_federation(folder: str) -> None:
-    forbidden = [f"{PACKAGE}.{name}" for name in ("methods", "federation", "report", "config")]
-    for path in in_folder(folder):
-        assert within(of_file(path), "flwr", *forbidden) == set(), path.name
+def users_of(*modules: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in FILES if within(of_file(path), *modules)}
 
 
-def test_flower_stays_inside_federation_and_the_two_doors() -> None:
-    users = {str(path.relative_to(ROOT)) for path in FILES if within(of_file(path), "flwr")}
-    doors = {"server_app.py", "client_app.py"}
-    assert doors < users
-    assert {user for user in users - doors if f"{PACKAGE}/federation/" not in user} == set()
+def test_flower_stays_inside_federation_and_engines() -> None:
+    rooms = {Path(user).parts[1] for user in users_of("flwr", "ray")}
+    assert rooms == {"federation", "engines"}
+
+
+def test_flowers_inner_names_are_touched_in_one_file() -> None:
+    public = [f"flwr.{name}" for name in ("app", "clientapp", "serverapp")]
+    files = [
+        path for path in FILES if within(of_file(path), "flwr") - within(of_file(path), *public)
+    ]
+    assert files == [ROOT / PACKAGE / "engines" / "in_process.py"]
+    assert [path for path in FILES if '"_message_id"' in path.read_text()] == files
+
+
+@every_source
+def test_no_private_name_leaves_its_module(path: Path) -> None:
+    assert private_uses(path.read_text()) == set()
 
 
 @every_file
@@ -170,3 +195,16 @@ def test_long_functions_are_seen() -> None:
     body = "    x = 1\n"
     assert long_functions("def f():\n" + body * (MAX_FUNCTION - 1)) == set()
     assert long_functions("class A:\n  def f():\n" + body * MAX_FUNCTION) == {"f"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from pfedmoap_flwr.cache import _put",
+        "from pfedmoap_flwr.clip import load\nload._load.cache_clear()",
+        "from support import tiny as t\nt.TINY._items()",
+    ],
+)
+def test_private_names_are_seen(source: str) -> None:
+    assert private_uses(source)
+    assert not private_uses(source.replace("_put", "put").replace("._", "."))

@@ -7,82 +7,85 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import numpy as np
 import torch
-from open_clip.utils import to_2tuple
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision import transforms
 
-from pfedmoap_flwr.clip.cache import cache_folder, file_of, kept
+from pfedmoap_flwr.cache import cache_folder, file_of, kept
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.tokens import project_positions
+from pfedmoap_flwr.clip.patches import project_positions
+from pfedmoap_flwr.clip.tower import encode_image
+from pfedmoap_flwr.clip.views import Prepare, augmented, plain
 from pfedmoap_flwr.data.images import image_digests
-from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.randomness import derive_seed
 
 BATCH = 128
-RECIPE = 1  # goes up when what is computed below changes
+RECIPE = 2  # goes up when what is computed below changes
 logger = logging.getLogger("flwr.pfedmoap")
 
-Reads = Literal["features", "tokens", "pixels"]
+Kind = Literal["features", "tokens", "pixels"]
+Dtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a method reads of an image, nothing of it normalised.
+
+    "features": the image's own feature (d,). "tokens": (1 + T, d), the image's own feature and
+    then each of T patches in the joint space. "pixels": (3, H, W), the input of the image tower.
+    With `views` V, V augmentations of each training image instead: (V, ...).
+    """
+
+    kind: Kind = "features"
+    views: int = 0
+
+    def of(self, split: str) -> "Reading":
+        """Return how a split is read: views are of training images alone."""
+        return self if split == "train" else Reading(self.kind)
 
 
 def read_images(
-    clip: FrozenClip,
-    images: datasets.Dataset,
-    reads: Reads,
-    views: int = 0,
-    dtype: Literal["float32", "float16"] = "float32",
+    clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: Dtype = "float32"
 ) -> Tensor:
-    """Return what a method reads of each image, L2-normalised, as `dtype`, mapped from disk.
+    """Return what is read of each image, (n, ...) by the shape of `reading`, mapped from disk.
 
-    "features": (n, d). "tokens": (n, T, d), every patch in the joint space. With `views` V, of V
-    augmentations of each image instead: (n, V, d) or (n, V, T, d), the same ones on every machine.
+    Features are as the image tower gives them, not normalised. Views are the same on every
+    machine. The image tower is loaded only where the cache lacks them, and freed again; pixels
+    need none.
 
-    The image tower is loaded only where the cache lacks them, and freed again.
-
-    Raises UsageError for "pixels", which no method here reads yet; for an image tower that has no
-    patch tokens; for a cache folder that cannot be written.
+    Raises UsageError for an image tower that has no patch tokens; for a cache folder that cannot be
+    written.
     """
-    if reads not in ("features", "tokens"):
-        raise UsageError(
-            f"a method reads '{reads}' of an image; only 'features' and 'tokens' can be read so far"
-        )
     if not len(images):
-        return torch.empty(0)  # of no image there is nothing to read, not even a shape
-    pictures = _digest(images)
+        return torch.empty(0)  # without an image the shape is not known
+    views = reading.views
     step = max(1, BATCH // max(1, views))
 
     def compute(start: int) -> Generator[np.ndarray, None, None]:
-        prepare = _augmenting(clip, views, pictures) if views else _plain(clip)
-        for block in _encode(
-            clip, images, prepare, reads, range(start, len(images), step), getattr(torch, dtype)
-        ):
+        prepare = augmented(clip, views, _digest(images)) if views else plain(clip)
+        starts = range(start, len(images), step)
+        for block in _blocks(clip, images, prepare, reading.kind, starts, getattr(torch, dtype)):
             yield (block.unflatten(0, (-1, views)) if views else block).numpy()
 
-    return torch.from_numpy(
-        kept(_name(clip, images, reads, views, dtype), len(images), step, compute)
-    )
+    name = _name(clip, images, reading, dtype)
+    return torch.from_numpy(kept(name, len(images), step, compute))
 
 
 def read_splits(
     clip: FrozenClip,
     splits: Mapping[str, datasets.Dataset],
-    reads: Reads,
-    views: int = 0,
-    dtype: Literal["float32", "float16"] = "float32",
+    reading: Reading,
+    dtype: Dtype = "float32",
 ) -> dict[str, Tensor]:
     """Return `read_images` of every split."""
     return {
-        split: read_images(clip, images, reads, views_of(split, views), dtype)
+        split: read_images(clip, images, reading.of(split), dtype)
         for split, images in splits.items()
     }
 
@@ -90,32 +93,35 @@ def read_splits(
 def feature_files(
     clip: FrozenClip,
     splits: Mapping[str, datasets.Dataset],
-    reads: Reads,
-    views: int = 0,
-    dtype: Literal["float32", "float16"] = "float32",
+    reading: Reading,
+    dtype: Dtype = "float32",
 ) -> dict[str, Path]:
     """Return where `read_splits` keeps each split that has images, computed yet or not."""
     return {
-        split: file_of(_name(clip, images, reads, views_of(split, views), dtype))
+        split: file_of(_name(clip, images, reading.of(split), dtype))
         for split, images in splits.items()
         if len(images)
     }
 
 
-def views_of(split: str, views: int) -> int:
-    """Return how many views a split has: they are of training images alone."""
-    return views if split == "train" else 0
+def read_shape(clip: FrozenClip, reading: Reading) -> tuple[int, ...]:
+    """Return the shape of what is read of one image: (d,), (1 + T, d) or (3, H, W).
+
+    With views, (V, ...). Raises UsageError as `read_images` does.
+    """
+    shape = _shape(clip, reading.kind)
+    return (reading.views, *shape) if reading.views else shape
 
 
-def read_shape(clip: FrozenClip, reads: Reads) -> tuple[int, ...]:
-    """Return the shape of what is read of one view: (d,), or (T, d) of tokens."""
-    with clip.image_tower() as tower:
-        pixels = torch.zeros(1, 3, *to_2tuple(clip.preprocessing.size), device=clip.device)
-        return tuple(_positions(tower, pixels, reads).shape[1:])
+@functools.lru_cache(maxsize=4)
+def _shape(clip: FrozenClip, kind: Kind) -> tuple[int, ...]:
+    pixels = torch.zeros(1, 3, *clip.image_size)
+    with _reader(clip, kind) as (read, _):
+        return tuple(read(pixels).shape[1:])
 
 
-def _name(clip: FrozenClip, images: datasets.Dataset, reads: Reads, views: int, dtype: str) -> str:
-    """Return what names the features: a hash of all that decides their bytes."""
+def _name(clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: str) -> str:
+    """Return the cache key of features: a hash of all that decides their bytes."""
     described = {
         "recipe": RECIPE,
         "weights": clip.checkpoint_digest,
@@ -123,8 +129,7 @@ def _name(clip: FrozenClip, images: datasets.Dataset, reads: Reads, views: int, 
         "config": clip.config,
         "preprocessing": asdict(clip.preprocessing),
         "images": _digest(images),
-        "reads": reads,
-        "views": views,
+        "reading": asdict(reading),
         "dtype": dtype,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -139,42 +144,11 @@ def _digest(images: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-Prepare = Callable[[int, Any], list[Tensor]]
-"""From an image's number and the image to its inputs (3, H, W) of the tower."""
-
-
-def _plain(clip: FrozenClip) -> Prepare:
-    return lambda number, image: [clip.preprocess(image)]
-
-
-def _augmenting(clip: FrozenClip, views: int, pictures: str) -> Prepare:
-    """Return CoOp's augmentation: a random crop, resized, and a flip, before CLIP's own steps."""
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                to_2tuple(clip.preprocessing.size),
-                scale=(0.08, 1.0),
-                interpolation=transforms.InterpolationMode.BICUBIC,
-            ),
-            transforms.RandomHorizontalFlip(),
-            clip.preprocess,
-        ]
-    )
-
-    def view(number: int, image: Any, which: int) -> Tensor:
-        # torchvision draws from the global generator only
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed("view", pictures, number, which))
-            return augment(image)
-
-    return lambda number, image: [view(number, image, which) for which in range(views)]
-
-
-def _encode(
+def _blocks(
     clip: FrozenClip,
     images: datasets.Dataset,
     prepare: Prepare,
-    reads: Reads,
+    kind: Kind,
     starts: range,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
@@ -182,8 +156,7 @@ def _encode(
     if not starts:
         return
     began, size = time.monotonic(), 0
-    with clip.image_tower() as tower, _progress(clip.name, starts) as advance:
-        tower_size = sum(t.nbytes for t in tower.state_dict().values())
+    with _reader(clip, kind) as (read, tower_size), _progress(clip.name, starts) as advance:
         for start in starts:
             batch = images[start : start + starts.step]["image"]
             inputs = [
@@ -191,31 +164,35 @@ def _encode(
                 for number, image in enumerate(batch, start)
                 for pixels in prepare(number, image.convert("RGB"))
             ]
-            block = _positions(tower, torch.stack(inputs).to(clip.device), reads).to("cpu", dtype)
+            block = read(torch.stack(inputs)).to("cpu", dtype)
             size += block.nbytes
             yield block
             advance(len(batch))
     logger.info(
-        "read %d images with %s in %.1f s: %.1f MB kept in %s and mapped into memory from there; "
-        "the image tower's %.1f MB are free again",
+        "read %d images with %s in %.1f s: %.1f MB kept in %s and mapped into memory from there%s",
         starts.stop - starts.start,
         clip.name,
         time.monotonic() - began,
         size / 1e6,
         cache_folder(),
-        tower_size / 1e6,
+        f"; the image tower's {tower_size / 1e6:.1f} MB are free again" if tower_size else "",
     )
 
 
-@torch.no_grad()
-def _positions(tower: Any, pixels: Tensor, reads: Reads) -> Tensor:
-    if reads == "tokens":
-        found = project_positions(tower, pixels)[:, 1:]
-    else:
-        found = tower(pixels)
-        # CoCa's tower returns its tokens as well
-        found = found[0] if isinstance(found, tuple) else found
-    return F.normalize(found.float(), dim=-1)
+@contextlib.contextmanager
+def _reader(clip: FrozenClip, kind: Kind) -> Iterator[tuple[Callable[[Tensor], Tensor], int]]:
+    """Yield what reads pixels (B, 3, H, W), and the bytes of the image tower it keeps in memory."""
+    if kind == "pixels":
+        yield lambda pixels: pixels, 0
+        return
+    encode = project_positions if kind == "tokens" else encode_image
+    with clip.image_tower() as tower:
+
+        @torch.no_grad()
+        def read(pixels: Tensor) -> Tensor:
+            return encode(tower, pixels.to(clip.device)).float()
+
+        yield read, sum(tensor.nbytes for tensor in tower.state_dict().values())
 
 
 @contextlib.contextmanager

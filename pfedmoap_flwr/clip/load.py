@@ -6,14 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.utils import to_2tuple
 from torch import Tensor
 
-from pfedmoap_flwr.clip.text import Position, PromptEncoder, embed_words, encode_text
+from pfedmoap_flwr.clip.settings import ClipSettings, Position
+from pfedmoap_flwr.clip.text import PromptEncoder
+from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
     find_checkpoint,
     find_preprocessing,
@@ -22,32 +25,21 @@ from pfedmoap_flwr.clip.weights import (
     load_text_model,
     weights_errors,
 )
+from pfedmoap_flwr.clip.words import Tokenizer, embed_words, encode_text
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.settings import setting
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """The frozen model."""
-
-    model: str = setting("mini", "an open_clip model name")
-    pretrained: str = setting("mini", "bundled name, published tag, or path of a checkpoint")
-    features_dtype: Literal["float32", "float16"] = setting("float32", "image features on disk")
-    precision: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of the text tower's products; auto: bfloat16 on CUDA, float32 on the CPU"
-    )
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenClip:
     """A CLIP model whose weights never change: open_clip's, without its image tower.
 
-    Images are read once (see `features`), so that the tower is loaded for that alone.
+    Every image is read once (see `features`). The tower is loaded for that, and for methods that
+    train through it.
     """
 
     name: str
     model: Any
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     preprocessing: PreprocessCfg
     device: torch.device
     checkpoint: Path
@@ -57,6 +49,12 @@ class FrozenClip:
     def logit_scale(self) -> float:
         """The inverse temperature 1/tau of Eq. 4."""
         return float(self.model.logit_scale.exp())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image tower's input, in pixels."""
+        height, width = to_2tuple(self.preprocessing.size)
+        return height, width
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -118,15 +116,26 @@ class FrozenClip:
 
         Raises UsageError where the checkpoint is gone or torn.
         """
-        with weights_errors(self.name, str(self.checkpoint)):
-            tower = load_full_model(self.name, self.checkpoint).visual.to(self.device)
+        tower = self._load_tower()
         try:
             yield tower
         finally:
-            # Whoever still holds the tower, be it in a traceback, holds no memory
+            # Frees the memory even where a traceback still refers to the tower
             tower.to("meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def tower(self) -> ImageTower:
+        """The image tower, loaded when a method first asks for it and kept.
+
+        Raises UsageError where the checkpoint is gone or torn.
+        """
+        return ImageTower(self._load_tower(), self.name)
+
+    def _load_tower(self) -> Any:
+        with weights_errors(self.name, str(self.checkpoint)):
+            return load_full_model(self.name, self.checkpoint).visual.to(self.device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -140,19 +149,23 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_clip(
-    model: str, pretrained: str, device: str = "auto", precision: str = "auto"
-) -> FrozenClip:
-    """Load a model by open_clip's name; `pretrained` is a bundled name, a file, or a published tag.
+def load_clip(settings: ClipSettings, device: str = "auto") -> FrozenClip:
+    """Load a model by open_clip's name; one for all clients of a process.
 
-    One for all clients of a process: the same settings give the same object. `precision` is that
-    of ClipSettings.
+    The weights are a bundled name, a file, or a published tag. The same settings give the same
+    object.
 
     Raises UsageError where the model is unknown or its weights cannot be had.
     """
     on = resolve_device(device)
-    low = precision == "bfloat16" or (precision == "auto" and on.type == "cuda")
-    return _load(model, pretrained, on, torch.bfloat16 if low else torch.float32)
+    low = settings.precision == "bfloat16" or (settings.precision == "auto" and on.type == "cuda")
+    precision = torch.bfloat16 if low else torch.float32
+    return _load(settings.model, settings.pretrained, on, precision)
+
+
+def forget_clip() -> None:
+    """Free the models of this process; the next `load_clip` reads weights from disk again."""
+    _load.cache_clear()
 
 
 @functools.lru_cache(maxsize=2)

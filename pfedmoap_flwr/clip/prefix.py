@@ -70,7 +70,7 @@ class Packing:
 
     classes: Tensor  # (R, W) whose token this is
     places: Tensor  # (R, W) where in its prompt it stands
-    own: Tensor  # (R, W, W) whom of its row a token sees: its class's tokens up to itself
+    own: Tensor  # (R, W, W) which tokens of its row a token sees: its class's, up to itself
     ends: Tensor  # (C,) where each class's last token is, counted through the rows
 
     def to(self, device: torch.device) -> "Packing":
@@ -78,7 +78,7 @@ class Packing:
 
 
 def pack(ends: Sequence[int], size: int, width: int) -> Packing:
-    """Packs the tokens from `size` (S) on of prompts that end after `ends` (C) tokens."""
+    """Pack the tokens from `size` (S) on of prompts that end after `ends` (C) tokens."""
     order = sorted(range(len(ends)), key=lambda c: ends[c])
     lengths = [ends[c] - size for c in order]
     longest = lengths[-1]

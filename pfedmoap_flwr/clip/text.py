@@ -7,24 +7,19 @@ Shapes: P prompts, C classes, M context tokens, D text width, d embedding width,
 full length (77 for CLIP).
 """
 
-import copy
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import prefix
-
-Tokenizer = Callable[..., Tensor]
-"""`open_clip.get_tokenizer`'s: (texts, context_length=L) -> ids (len(texts), L)."""
-
-Position = Literal["end", "middle", "front"]
+from pfedmoap_flwr.clip import prefix
+from pfedmoap_flwr.clip.settings import Position
+from pfedmoap_flwr.clip.words import Tokenizer, Words, embed_words
 
 
 class PromptEncoder:
@@ -82,7 +77,7 @@ class PromptEncoder:
         self.class_specific = class_specific
         self._precision = precision
 
-        self._words = words = _Words(model, tokenizer)
+        self._words = words = Words(model, tokenizer)
         self.width: int = words.embedding.weight.shape[1]
         self._rows, self._ends = self._lay_out(before[position])
         # Tokens that all prompts begin with. Class-specific contexts leave only SOS.
@@ -121,9 +116,9 @@ class PromptEncoder:
         return features.reshape(*lead, *features.shape[1:])
 
     def _remember(self, prompt: Tensor) -> Tensor:
-        """Features (C, d) of one prompt, from memory where it was met before."""
-        # One by one: the bits of a product may depend on how many rows it has, and what is
-        # remembered must not depend on the company in which it was first met.
+        """Features (C, d) of one prompt, from memory where they were computed before."""
+        # One by one: the bits of a product may depend on how many rows it has. Remembered features
+        # must not depend on which other prompts were encoded with them.
         key = prompt.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         features = self._remembered.pop(key, None)
         if features is None:
@@ -231,32 +226,6 @@ class PromptEncoder:
         return expected.shape[-1]
 
 
-def embed_words(model: nn.Module, tokenizer: Tokenizer, words: str) -> Tensor:
-    """Token embeddings (n, D) of plain words, without SOS and EOT; underscores are spaces.
-
-    For CoOp's `ctx_init`, where n, the number of tokens, becomes n_ctx.
-    """
-    lookup = _Words(model, tokenizer)
-    (content,) = lookup.content([words.replace("_", " ")])
-    return lookup.embed(torch.tensor(content, dtype=torch.long))
-
-
-@torch.no_grad()
-def encode_text(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """L2-normalised features (len(texts), d) of plain sentences, by the model's own `encode_text`.
-
-    Raises:
-        ValueError: a sentence that does not fit, which the tokenizer would cut without a word.
-    """
-    words = _Words(model, tokenizer)
-    for text, content in zip(texts, words.content(texts), strict=True):
-        n_tokens = len(words.head) + len(content) + len(words.tail)
-        words.check_fits(f'the text "{text}"', n_tokens, "shorten it")
-    ids = tokenizer(list(texts), context_length=words.length)
-    features = [words.encode(ids[i : i + 256]) for i in range(0, len(ids), 256)]
-    return F.normalize(torch.cat(features), dim=-1)
-
-
 @dataclass(frozen=True)
 class _Prompts:
     """Prompts of some classes, whose tokens are rows of a table: U words, then all contexts."""
@@ -265,106 +234,3 @@ class _Prompts:
     fixed: Tensor  # (U,) the distinct ids among them
     index: Tensor  # (C, L) rows of the table
     packing: prefix.Packing | None
-
-
-class _Words:
-    """A model's text tower and tokenizer: words to ids, ids to embeddings, either to features."""
-
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
-        self.model = model
-        self.text: Any = getattr(model, "text", model)
-        self.tower = type(self.text).__name__
-        self.tokenizer = tokenizer
-        embedding = _token_embedding(self.text)
-        if embedding is None:
-            raise ValueError(
-                f"prompts cannot be learned for the text tower {self.tower}: it has no table of "
-                "token embeddings where open_clip's towers have it"
-            )
-        self.embedding = embedding
-        self.length: int = min(self.text.context_length, tokenizer(["x"]).shape[1])
-        # What a tokenizer puts around every text (SOS, EOT, padding) shows in two short ones.
-        x, y = self._tokens(["x", "y"])
-        self.pad = x[-1]
-        x, y = _strip(x, self.pad), _strip(y, self.pad)
-        self.head = x[:1] if x[:1] == y[:1] else []
-        self.tail = x[-1:] if x[-1:] == y[-1:] else []
-        self.filler = x[len(self.head)]
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.weight.device
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        # A tokenizer silently cuts what is longer than context_length, so ask for plenty.
-        rows: list[list[int]] = self.tokenizer(list(texts), context_length=8 * self.length).tolist()
-        return rows
-
-    def content(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text itself: no SOS, no EOT, no padding, nothing cut."""
-        rows = [_strip(row, self.pad) for row in self._tokens(texts)]
-        return [row[len(self.head) : len(row) - len(self.tail)] for row in rows]
-
-    def check_fits(self, what: str, n_tokens: int, advice: str) -> None:
-        room = self.length - (not self.tail)  # where padding is EOT, one of it must fit as well
-        if n_tokens > room:
-            raise ValueError(
-                f"{what} takes {n_tokens} tokens and the text tower reads {room}: "
-                f"{n_tokens - room} too many; {advice}"
-            )
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings (*, D) of ids (*), frozen."""
-        embeddings: Tensor = self.embedding(ids.to(self.device))
-        return embeddings.detach()
-
-    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Features (N, d) of ids (N, L), or of embeddings (N, L, D) that take their place.
-
-        By the model's own `encode_text`, which needs the ids for its masks and pooling.
-        """
-        model: Any = self.model
-        if embeddings is not None:
-            path = next(name for name, m in model.named_modules() if m is self.embedding)
-            model = _with_module(model, path, _Given(self.embedding, embeddings))
-        features: Tensor = model.encode_text(ids.to(self.device))
-        return features
-
-
-def _strip(row: list[int], pad: int) -> list[int]:
-    end = len(row)
-    while end and row[end - 1] == pad:
-        end -= 1
-    return row[:end]
-
-
-def _token_embedding(text: Any) -> nn.Embedding | None:
-    """The table of token embeddings: open_clip's by name, a Hugging Face tower's by asking it."""
-    found = getattr(text, "token_embedding", None)
-    if found is None and hasattr(getattr(text, "transformer", None), "get_input_embeddings"):
-        found = text.transformer.get_input_embeddings()
-    return found if isinstance(found, nn.Embedding) else None
-
-
-class _Given(nn.Module):
-    """Stands where a tower looks up token embeddings, and answers with those it was given."""
-
-    def __init__(self, table: nn.Embedding, embeddings: Tensor) -> None:
-        super().__init__()
-        self.weight = table.weight  # some towers read its dtype or device
-        self.embeddings = embeddings
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.embeddings
-
-
-def _with_module(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """A twin of `module` that shares all with it but the submodule at `path`.
-
-    The model itself stays as it is, so that others can use it at the same time.
-    """
-    name, _, rest = path.partition(".")
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    twin._modules[name] = _with_module(module.get_submodule(name), rest, new) if rest else new
-    return twin

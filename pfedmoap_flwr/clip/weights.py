@@ -24,7 +24,7 @@ NO_TOWER = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_wid
 
 
 def find_weights(model: str, pretrained: str) -> str:
-    """Return what open_clip takes for `pretrained`: a file, bundled or not, or a published tag.
+    """Return what to give open_clip as `pretrained`: the path of a file, or a published tag.
 
     Raises UsageError where the model or the weights do not exist, or do not belong together.
     """
@@ -57,19 +57,19 @@ def find_weights(model: str, pretrained: str) -> str:
 
 
 def find_checkpoint(model: str, weights: str) -> Path:
-    """Return the file of `find_weights`'s answer; a published one is fetched on first use."""
+    """Return the file of weights that `find_weights` named; a published one is downloaded once."""
     published = open_clip.get_pretrained_cfg(model, weights)
     return Path(download_pretrained(published) if published else weights)
 
 
 def held_checkpoint(model: str, weights: str) -> Path | None:
-    """Return the file of `find_weights`'s answer where it is on this machine; none is fetched."""
+    """Return that file where it is on this machine, or None; nothing is downloaded."""
     published = open_clip.get_pretrained_cfg(model, weights)
     if not published:
         return Path(weights)
     if place := published.get("hf_hub", ""):
         repository, _, name = place.rpartition("/")
-        # As open_clip: the safe one of two files first
+        # As open_clip does, prefer .safetensors
         safe = Path(name).with_suffix(".safetensors").name if name else HF_SAFE_WEIGHTS_NAME
         names = (safe, name or HF_WEIGHTS_NAME)
         found = [try_to_load_from_cache(repository, each) for each in names]
@@ -87,7 +87,8 @@ def find_preprocessing(model: str, weights: str) -> PreprocessCfg:
 
 def load_full_model(model: str, checkpoint: Path) -> Any:
     """Return open_clip's model on the CPU, frozen."""
-    # Weights are random until they are read: whether images were, nobody's numbers tell
+    # open_clip draws random weights before it loads the real ones. Without this, whether a model
+    # was loaded would change every later draw from the global generator.
     with torch.random.fork_rng(devices=[]):
         network = open_clip.create_model(model, str(checkpoint))
     return network.eval().requires_grad_(False)
@@ -103,7 +104,7 @@ def load_text_model(model: str, checkpoint: Path) -> Any:
         network.load_state_dict(_text_weights(checkpoint, custom=hasattr(network, "text")))
         return network.eval().requires_grad_(False)
     except Exception:
-        # open_clip knows more models and older files, and says best what is wrong with one
+        # open_clip's own loader reads more kinds of models and files, and has the better errors
         network = load_full_model(model, checkpoint)
         del network.visual
         return network
@@ -135,7 +136,7 @@ def _text_weights(checkpoint: Path, custom: bool) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def weights_errors(model: str, pretrained: str) -> Iterator[None]:
-    """Turn what goes wrong with weights into one line."""
+    """Turn any exception while weights are loaded into a UsageError of one line."""
     try:
         yield
     except Exception as error:

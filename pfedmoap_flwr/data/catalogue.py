@@ -29,13 +29,14 @@ class CoopLayout:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set; `hub` is "" where the hub has no table of it.
+    """One data set; `hub` is its name on the hub, "" where it is not there.
 
-    `cut` says where splits come from. "published": the hub's; what is missing is cut from train.
-    "coop": all images together, cut 50/20/30 by class. "coop-test": the published test images, and
-    20% of the others for validation. `subset`: classes that are not ours are left out, as are those
-    `dropped`. `size` and `num_domains` are what we use of the published images; 0: not known.
-    `partition` and `clients` are the paper's, "" and 0 where it does not use the set.
+    `holdout` says where splits come from. "published": the hub's; what is missing is held out of
+    train. "coop": all images together, divided 50/20/30 by class. "coop-test": the published test
+    images, and 20% of the others for validation. `subset`: published classes that are not in our
+    list are left out, as are those `dropped`. `size` and `num_domains` count the images and domains
+    that are used; 0: not known. `partition` and `clients` are the paper's; "" and 0 where it does
+    not use the set.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Source:
     label: str = "label"
     domain: str = ""
     splits: tuple[str, ...] = ("train", "test")
-    cut: Literal["published", "coop", "coop-test"] = "published"
+    holdout: Literal["published", "coop", "coop-test"] = "published"
     fixes: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     subset: bool = False
@@ -90,7 +91,7 @@ _SOURCES = (
         size=8_189,
         template="a photo of a {}, a type of flower.",
         splits=("train", "validation", "test"),
-        cut="coop",
+        holdout="coop",
         coop=CoopLayout("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json"),
         partition="pathological",
         clients=10,
@@ -100,7 +101,7 @@ _SOURCES = (
         hub="timm/oxford-iiit-pet",
         size=7_349,
         template="a photo of a {}, a type of pet.",
-        cut="coop-test",
+        holdout="coop-test",
         coop=CoopLayout("oxford_pets", "images", "split_zhou_OxfordPets.json"),
         licence="CC BY-SA 4.0",
         partition="pathological",
@@ -112,7 +113,7 @@ _SOURCES = (
         size=101_000,
         template="a photo of {}, a type of food.",
         splits=("train", "validation"),
-        cut="coop",
+        holdout="coop",
         coop=CoopLayout("food-101", "images", "split_zhou_Food101.json"),
         licence="scientific fair use",
         partition="pathological",
@@ -123,7 +124,7 @@ _SOURCES = (
         hub="flwrlabs/caltech101",
         size=8_242,
         splits=("train",),
-        cut="coop",
+        holdout="coop",
         fixes=_CALTECH_FIXES,
         dropped=("faces_easy", "Faces_easy", "background_google", "BACKGROUND_Google"),
         coop=CoopLayout("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
@@ -136,7 +137,7 @@ _SOURCES = (
         hub="tanganke/dtd",
         size=5_640,
         template="{} texture.",
-        cut="coop",
+        holdout="coop",
         coop=CoopLayout("dtd", "images", "split_zhou_DescribableTextures.json"),
         licence="for research",
         partition="pathological",

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pfedmoap_flwr.assets import asset
-from pfedmoap_flwr.data import folder, hub
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import BUNDLED, FOLDER, Source, find_source
-from pfedmoap_flwr.data.splits import SPLITS as SPLITS
-from pfedmoap_flwr.data.splits import cut, join, listed
+from pfedmoap_flwr.data.holdout import holdout
+from pfedmoap_flwr.data.labels import join, listed
+from pfedmoap_flwr.data.settings import ImageSettings
+from pfedmoap_flwr.data.sources import folder, hub
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.settings import setting
 
 logger = logging.getLogger("flwr.pfedmoap")
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Which images."""
-
-    name: str = setting("emoji-domains", "data set, or 'folder' for your own images")
-    path: str = setting("", "its local copy, or your folder, CSV or saved data set; empty: the hub")
-    classnames: str = setting("", "your images' class list: a text file, or names between commas")
-    strict: bool = setting(False, "end at a broken image instead of skipping it")
-    validation: float = setting(
-        0.1, "share of train held out where no validation images are published", low=0, high=0.9
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +52,15 @@ def load_images(data: ImageSettings | str) -> ImageData:
     Raises UsageError where it is unknown, not to be had, or not what it should be.
     """
     if isinstance(data, str):
-        data = ImageSettings(data)
-    # Of a subclass only what is said here counts, or equal images would be loaded twice
-    return _load(ImageSettings(**{f.name: getattr(data, f.name) for f in fields(ImageSettings)}))
+        data = ImageSettings(name=data)
+    # Without a subclass's other fields: settings that differ in them alone share their images
+    return _kept(
+        ImageSettings(**{name: getattr(data, name) for name in ImageSettings.model_fields})
+    )
 
 
-@functools.lru_cache(maxsize=2)
-def _load(data: ImageSettings) -> ImageData:
+def load_anew(data: ImageSettings) -> ImageData:
+    """Load a data set as `load_images` does, even where this process holds it already."""
     source = find_source(data.name)
     if data.classnames and source.name != FOLDER:
         raise UsageError(
@@ -90,7 +80,7 @@ def _load(data: ImageSettings) -> ImageData:
     skipped = 0
     if source.name == FOLDER or origin == "files":
         joined, skipped = _whole_images(joined, strict=data.strict)
-    splits, how = cut(joined, source, data.validation)
+    splits, how = holdout(joined, source, data.validation)
     return ImageData(
         name=source.name,
         classnames=classnames,
@@ -109,6 +99,14 @@ def _load(data: ImageSettings) -> ImageData:
     )
 
 
+_kept = functools.lru_cache(maxsize=2)(load_anew)
+
+
+def forget_images() -> None:
+    """Free the data sets of this process; the next `load_images` reads from disk again."""
+    _kept.cache_clear()
+
+
 def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dataset], Source, str]:
     """Return the tables, the source as they spell it, and where they come from."""
     if not data.path:
@@ -118,7 +116,7 @@ def _tables(data: ImageSettings, source: Source) -> tuple[dict[str, datasets.Dat
         raise UsageError(f"setting data.path={data.path!r}: there is nothing at {path}")
     if source.coop and (place := folder.find_coop(path, source.coop)):
         tables = folder.to_tables(folder.read_coop(place, source.coop))
-        exact = replace(folder.as_read(source), cut="published", domain="")
+        exact = replace(folder.as_read(source), holdout="published", domain="")
         return tables, exact, f"CoOp's {source.coop.split}"
     if path.is_dir() and source.classnames and folder.has_idx(path):
         return folder.read_idx(path, source.classnames), source, "idx files"

@@ -9,36 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pfedmoap_flwr.data.cuts import CUTS, Part, class_sizes
-from pfedmoap_flwr.data.images import SPLITS, ImageData, ImageSettings
+from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.images import ImageData
+from pfedmoap_flwr.data.partitioners import CUTS, Part, class_sizes
+from pfedmoap_flwr.data.settings import DataSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.randomness import numpy_generator
-from pfedmoap_flwr.settings import Value, key_of, setting
-
-
-@dataclass(frozen=True)
-class DataSettings(ImageSettings):
-    """The images and who holds them."""
-
-    template: str = setting(
-        "", "zero-shot sentence with {} for the class; empty: the data set's own"
-    )
-    partition: str = setting("dirichlet-domain", "how images go to clients", choices=tuple(CUTS))
-    num_clients: int = setting(20, "clients N", low=1)
-    min_examples: int = setting(10, "training images that every client has at least", low=1)
-    shots: int = setting(0, "training images per class and client; 0: all", low=0)
-    alpha: float = setting(
-        0.3,
-        "Dirichlet concentration (dirichlet*, pachinko's coarse classes); small is skewed",
-        above=0,
-    )
-    fine_alpha: float = setting(
-        10.0, "pachinko: concentration over the fine classes of a coarse one", above=0
-    )
-    coarse_column: str = setting("coarse_label", "pachinko: column with the coarse class")
-    shards_per_client: int = setting(2, "shards: how many a client is dealt", low=1)
-    id_column: str = setting("domain", "natural: column whose values are the clients")
-
+from pfedmoap_flwr.settings import Value, key_of
 
 MIN_TEST = 2
 ATTEMPTS = 1000
@@ -48,7 +25,7 @@ ATTEMPTS = 1000
 class ClientRows:
     """One client's images: row numbers into each split; `domain` where it has just one, or ""."""
 
-    client: int
+    client_id: int
     domain: str
     rows: dict[str, np.ndarray]
 
@@ -68,7 +45,7 @@ def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRo
         for number, part in enumerate(parts)
         for rows in _share_out(images, part, data, (seed, "partition", number))
     ]
-    clients = [ClientRows(k, _domain(images, rows), rows) for k, rows in enumerate(pieces)]
+    clients = [ClientRows(i, _domain(images, rows), rows) for i, rows in enumerate(pieces)]
     return [_few_shot(images, c, data.shots, seed) if data.shots else c for c in clients]
 
 
@@ -77,11 +54,11 @@ def class_counts(images: ImageData, clients: Sequence[ClientRows], split: str) -
     return np.array([_counts(images, split, client.rows[split]) for client in clients])
 
 
-def whole(images: ImageData, data: DataSettings, client: int, seed: int) -> ClientRows:
+def whole(images: ImageData, data: DataSettings, client_id: int, seed: int) -> ClientRows:
     """Return the client that holds every image: the one of a node with a folder of its own."""
     rows = {split: np.arange(len(images.splits[split])) for split in SPLITS}
     domain = images.domains[0] if len(images.domains) == 1 else ""
-    holder = ClientRows(client, domain, rows)
+    holder = ClientRows(client_id, domain, rows)
     few = data.shots and len(rows["train"])
     return _few_shot(images, holder, data.shots, seed) if few else holder
 
@@ -89,7 +66,7 @@ def whole(images: ImageData, data: DataSettings, client: int, seed: int) -> Clie
 def manifest(
     images: ImageData, data: DataSettings, seed: int, clients: Sequence[ClientRows]
 ) -> dict[str, Any]:
-    """Return all there is to say about a partition, for JSON, with a SHA-256 of the rest.
+    """Return a description of a partition, for JSON, with a SHA-256 of the rest.
 
     The digest is that of `json.dumps(rest, sort_keys=True)`.
     """
@@ -103,7 +80,7 @@ def manifest(
         "classnames": list(images.classnames),
         "clients": [
             {
-                "client": client.client,
+                "client": client.client_id,
                 "domain": client.domain,
                 "rows": {s: rows.tolist() for s, rows in client.rows.items()},
                 "classes": {s: _counts(images, s, r).tolist() for s, r in client.rows.items()},
@@ -121,7 +98,7 @@ def digest(said: dict[str, Any]) -> str:
 
 
 def _own_settings(data: DataSettings) -> list[str]:
-    """Return the fields that the chosen way to cut reads: its keyword-only parameters."""
+    """Return the fields that the chosen partitioner reads: its keyword-only parameters."""
     parameters = inspect.signature(CUTS[data.partition]).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
@@ -133,7 +110,7 @@ def _share_out(
     members = {split: part.members[split] if part.members else None for split in SPLITS}
     sizes = {split: class_sizes(images, split, members[split]) for split in SPLITS}
     least = {"train": data.min_examples, "test": MIN_TEST}
-    # Where there are too few images in all, no draw would do
+    # With too few images in all, no draw can succeed
     possible = all(sizes[s].sum() >= part.clients * n for s, n in least.items())
     for attempt in range(ATTEMPTS if possible else 0):
         rng = numpy_generator(*seed, attempt)
@@ -187,8 +164,8 @@ def _few_shot(images: ImageData, client: ClientRows, shots: int, seed: int) -> C
     """
     rows = client.rows["train"]
     labels = images.column("train", "label")[rows]
-    rng = numpy_generator(seed, "shots", client.client)
+    rng = numpy_generator(seed, "shots", client.client_id)
     kept = [rng.permutation(rows[labels == c])[:shots] for c in np.unique(labels)]
     return ClientRows(
-        client.client, client.domain, {**client.rows, "train": np.sort(np.concatenate(kept))}
+        client.client_id, client.domain, {**client.rows, "train": np.sort(np.concatenate(kept))}
     )

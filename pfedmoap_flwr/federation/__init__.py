@@ -1,1 +1,1 @@
-"""How it travels: the Strategy, the client's work, records, state on disk, the in-process grid."""
+"""How it travels: the two Flower apps, the Strategy, the client, messages and their checks."""

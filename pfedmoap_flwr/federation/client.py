@@ -1,175 +1,254 @@
-"""A client's three answers: who it is, its training, its evaluation."""
+"""A client's three answers: who it is, its training, its evaluation.
+
+`answer` is the one way in: the ClientApp answers one message, an engine in one process many.
+"""
 
 import functools
 import json
+import logging
 import os
+import re
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
-from pfedmoap_flwr.clip.features import Reads, read_splits
-from pfedmoap_flwr.clip.load import ClipSettings, FrozenClip, load_clip
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.data.catalogue import FOLDER
-from pfedmoap_flwr.data.images import SPLITS, ImageData, load_images
-from pfedmoap_flwr.data.partition import ClientRows, DataSettings, partition, whole
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.federation import records, work
-from pfedmoap_flwr.federation.kept import KeptHeads
-from pfedmoap_flwr.federation.work import Split, Training
-from pfedmoap_flwr.methods import Head, Method, Task
+from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.methods.base import Method, Work
+from pfedmoap_flwr.runs.heads import KeptHeads
+from pfedmoap_flwr.settings import Value
+from pfedmoap_flwr.training import local, stacked
+from pfedmoap_flwr.training.exchange import make_work
+from pfedmoap_flwr.training.node import Node, forget_nodes, node_of
 
 CLIENT_RAISED = 2  # Flower's code for an exception in a ClientApp
+RUN_ID = re.compile("[0-9a-f]{32}")
+MEASURED = ("test", "validation")
 
-Handler = Callable[[Message, Context], RecordDict]
+Request = tuple[Message, Context]
+
+logger = logging.getLogger("flwr.pfedmoap")
+
+
+def answer(requests: Sequence[Request]) -> list[Message]:
+    """Return the answers to messages of one type that go to different clients, in their order.
+
+    Clients whose heads are alike train in the same steps. Where they cannot, or one of them fails,
+    they train one by one. An exception becomes an error reply of its client alone.
+    """
+    together = len(requests) > 1 and _kind(requests[0][0]) == MessageType.TRAIN
+    return _train_together(requests) if together else [_answer_one(*r) for r in requests]
 
 
 @dataclass(frozen=True, eq=False)
 class Client:
     """One client of a run, as it stands when a message arrives."""
 
-    rows: ClientRows
-    method: Method
-    clip: FrozenClip
-    task: Task
-    splits: dict[str, Split]
-    kept: KeptHeads
-    provenance: Mapping[str, Any]
+    client_id: int
+    node: Node
+    method: Method[Any, Any]
+    settings: Settings
+    heads: KeptHeads
 
-    @property
-    def id(self) -> int:
-        """The partition id, which is the client's name everywhere."""
-        return self.rows.client
+    def work(
+        self, server_round: int, received: Mapping[str, Tensor], *states: Mapping[str, Tensor]
+    ) -> Work[Any]:
+        """Return the client's work: its head is a fresh one, overwritten by the states in turn."""
+        split = functools.partial(self.node.split, self.client_id)
+        return make_work(self.method, self.client_id, server_round, split, received, *states)
 
-    def head(self, *deliveries: dict[str, Tensor] | None) -> Head:
-        """Return a fresh head that received the deliveries in turn."""
-        head = self.method.build(self.clip, self.task)
-        for tensors in deliveries:
-            if tensors is not None:
-                head.receive(tensors)
-        return head
+    def to_train(self, message: Message) -> Work[Any]:
+        """Return the work of a train message: the kept head, overwritten by what came."""
+        server_round = _round(message)
+        received = messages.to_tensors(message.content["arrays"])
+        kept = self.heads.load(before=server_round) or {}
+        return self.work(server_round, received, kept, received)
 
-    def training(self, message: Message) -> Training:
-        """Return what a train message asks for: the kept head, overwritten by what came."""
-        received = records.to_tensors(message.content["arrays"])
-        head = self.head(self.kept.load(before=round_of(message)), received)
-        on_device = {name: t.to(self.clip.device) for name, t in received.items()}
-        return Training(self.id, head, self.splits["train"], on_device)
-
-    def trained(self, training: Training, loss: float | None, server_round: int) -> RecordDict:
+    def trained(self, work: Work[Any], loss: float | None) -> RecordDict:
         """Keep the trained head and return the answer: what is not personal."""
-        uploaded = self.method.upload(training.head, training.received)
-        self.kept.save(server_round, training.head.kept())
-        metrics: dict[str, int | float] = {"client": self.id, "num-examples": len(training.data)}
+        arrays = messages.to_arrays(self.method.upload(work))
+        metrics: dict[str, int | float] = {
+            "client": self.client_id,
+            "num-examples": len(work.images),
+        }
         if loss is not None:
             metrics["loss"] = loss
-        return RecordDict({"arrays": records.to_arrays(uploaded), "metrics": MetricRecord(metrics)})
+        own = self.method.metrics(work)
+        metrics |= {f"{messages.METHOD_METRIC}{name}": value for name, value in own.items()}
+        self.heads.save(work.round, work.head.state())
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
-def answering(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Turn a handler's exception into an error reply that carries the whole traceback."""
-
-    @functools.wraps(handler)
-    def reply(message: Message, context: Context) -> Message:
-        try:
-            return Message(handler(message, context), reply_to=message)
-        except UsageError as error:
-            return Message(Error(code=CLIENT_RAISED, reason=str(error)), reply_to=message)
-        except Exception:
-            # The server shows it: a traceback in a worker's log is never found
-            reason = traceback.format_exc()
-            return Message(Error(code=CLIENT_RAISED, reason=reason), reply_to=message)
-
-    return reply
-
-
-def query(message: Message, context: Context) -> RecordDict:
+def query(client: Client, message: Message) -> RecordDict:
     """Say which client this node is, what it holds and which classes it knows."""
-    client = awake(message, context)
+    federated = client.node.federated
+    rows = federated.clients[client.client_id]
+    labels = federated.images.column("train", "label")[rows.rows["train"]]
     card: dict[str, int | str | list[str]] = {
-        "client": client.id,
-        "domain": client.rows.domain,
-        "classnames": list(client.task.classnames),
-        "template": client.task.template,
-        "classes": len(client.splits["train"].labels.unique()),
-        "provenance": json.dumps(dict(client.provenance)),
+        "client": client.client_id,
+        "domain": rows.domain,
+        "classnames": list(federated.task.classnames),
+        "template": federated.task.template,
+        "classes": len(set(labels.tolist())),
+        "provenance": json.dumps(dict(federated.images.provenance)),
     }
-    card |= {f"num-{split}": len(client.splits[split]) for split in SPLITS}
+    card |= {f"num-{split}": len(rows.rows[split]) for split in SPLITS}
     return RecordDict({"card": ConfigRecord(card)})
 
 
-def train(message: Message, context: Context) -> RecordDict:
+def train(client: Client, message: Message) -> RecordDict:
     """Train on what was received and upload what is not personal; the head is kept on disk."""
-    client = awake(message, context)
-    training = client.training(message)
-    losses = work.train(client.method, [training], round_of(message))
-    return client.trained(training, losses[client.id], round_of(message))
+    work = client.to_train(message)
+    losses = local.train(client.method, [work])
+    return client.trained(work, losses[client.client_id])
 
 
-def evaluate(message: Message, context: Context) -> RecordDict:
-    """Measure the personal model (the kept head) and the global one (what was received).
+def evaluate(client: Client, message: Message) -> RecordDict:
+    """Measure the global model (what was received) and the personal one (the kept head, adapted).
 
-    A client that never trained has the global model for its own. Round 0, which begins a run, adds
-    zero-shot CLIP.
+    A client that never trained adapts the global model. Nothing on disk is written or deleted.
     """
-    client = awake(message, context)
-    server_round = round_of(message)
-    received = records.to_tensors(message.content["arrays"])
-    if server_round == 0:
-        client.kept.clear()
-    kept = client.kept.load(before=server_round + 1)
-    heads = {"global": client.head(received)}
-    heads["personal"] = client.head(kept) if kept is not None else heads["global"]
-    if server_round == 0:
-        heads["zeroshot"] = methods.load("zeroshot")(client.method.settings).build(
-            client.clip, client.task
-        )
-    metrics: dict[str, int | float] = {"client": client.id}
-    for name, head in heads.items():
-        measured = work.accuracies(head, {s: client.splits[s] for s in ("test", "validation")})
-        # A split without images has no accuracy
-        if "test" in measured:
-            metrics[f"{name}-accuracy"] = measured["test"]
-        if "validation" in measured:
-            metrics[f"{name}-validation-accuracy"] = measured["validation"]
+    server_round = _round(message)
+    received = messages.to_tensors(message.content["arrays"])
+    kept = client.heads.load(before=server_round + 1)
+    work = client.work(server_round, received, received)
+    measured = {"global": _accuracies(client, work)}
+    if kept is not None:
+        work = client.work(server_round, received, kept)
+    client.method.adapt(work)
+    measured["personal"] = _accuracies(client, work)
+    if message.content["config"]["zeroshot"]:
+        measured["zeroshot"] = _zeroshot(client)
+    metrics: dict[str, int | float] = {"client": client.client_id}
+    for model, accuracies in measured.items():
+        for split, accuracy in accuracies.items():
+            metrics[f"{model}-{split}-accuracy".replace("-test-", "-")] = accuracy
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def round_of(message: Message) -> int:
-    """Return the round that a message belongs to."""
-    return int(message.content["config"]["round"])
+def _accuracies(client: Client, work: Work[Any]) -> dict[str, float]:
+    return local.accuracies(work.head, {split: work.split(split) for split in MEASURED})
 
 
-def awake(message: Message, context: Context) -> Client:
+def _zeroshot(client: Client) -> dict[str, float]:
+    """Measure the untouched CLIP with the data set's sentence, whatever the method reads."""
+    node = client.node.reading_as(Reading("features"))
+    splits = {split: node.split(client.client_id, split) for split in MEASURED}
+    return local.zeroshot_accuracies(node.clip, node.federated.task, splits)
+
+
+HANDLERS: dict[str, Callable[[Client, Message], RecordDict]] = {
+    MessageType.QUERY: query,
+    MessageType.TRAIN: train,
+    MessageType.EVALUATE: evaluate,
+}
+
+
+def _answer_one(message: Message, context: Context) -> Message:
+    try:
+        content = HANDLERS[_kind(message)](open_client(message, context), message)
+        return Message(content, reply_to=message)
+    except UsageError as error:
+        reason = str(error)
+    except Exception:
+        # The server shows it: nobody finds a traceback in a worker's log
+        reason = traceback.format_exc()
+    return Message(Error(code=CLIENT_RAISED, reason=reason), reply_to=message)
+
+
+def _train_together(requests: Sequence[Request]) -> list[Message]:
+    replies: dict[int, Message] = {}
+    groups: dict[Hashable, dict[int, tuple[Client, Work[Any]]]] = {}
+    for i, (message, context) in enumerate(requests):
+        try:
+            client = open_client(message, context)
+            work = client.to_train(message)
+        except Exception:
+            # It fails in the same way again, and there becomes an error reply
+            replies[i] = _answer_one(message, context)
+        else:
+            groups.setdefault(stacked.likeness(client.method, work), {})[i] = client, work
+    for group in groups.values():
+        try:
+            replies |= _train_alike(group, requests)
+        except Exception as error:
+            logger.info("%d clients train one by one: %s", len(group), error or repr(error))
+            replies |= {i: _answer_one(*requests[i]) for i in group}
+    return [replies[i] for i in range(len(requests))]
+
+
+def _train_alike(
+    group: Mapping[int, tuple[Client, Work[Any]]], requests: Sequence[Request]
+) -> dict[int, Message]:
+    method = next(iter(group.values()))[0].method
+    works = [work for _, work in group.values()]
+    if len(works) > 1:
+        stacked.check_stackable(stacked.Stack(method, works), *local.first_images(works, 2))
+    losses = local.train(method, works)
+    return {
+        i: Message(client.trained(work, losses[client.client_id]), reply_to=requests[i][0])
+        for i, (client, work) in group.items()
+    }
+
+
+def open_client(message: Message, context: Context) -> Client:
     """Return the client that a message is for. Raises UsageError where there is none."""
-    settings = config.parse(context.run_config)
-    method = methods.load(settings.method)(settings)
     if "partition-id" not in context.node_config:
         raise UsageError(
             "this SuperNode has no partition-id; start it with "
             '--node-config "partition-id=0 num-partitions=2"'
         )
-    number, clients = int(context.node_config["partition-id"]), settings.data.num_clients
-    if number >= clients:
+    client_id = int(context.node_config["partition-id"])
+    folder = str(context.node_config.get("data-dir", ""))
+    settings, node, method = _opened(tuple(sorted(context.run_config.items())), client_id, folder)
+    run_id = str(message.content["config"]["run"])
+    if not RUN_ID.fullmatch(run_id):
+        # It becomes the name of a folder: "../.." would lead out of the client's own
+        raise UsageError(f"a message names run {run_id!r}; a run's id is 32 hexadecimal digits")
+    heads = KeptHeads(_state_folder(settings, context) / run_id / f"client-{client_id}")
+    return Client(client_id, node, method, settings, heads)
+
+
+def _opened(
+    run_config: tuple[tuple[str, Value], ...], client_id: int, folder: str
+) -> tuple[Settings, Node, Method[Any, Any]]:
+    settings = config.parse(dict(run_config))
+    clients = settings.data.num_clients
+    if client_id >= clients:
         raise UsageError(
-            f"partition-id={number}: data.num-clients={clients} gives ids from 0 to {clients - 1}"
+            f"partition-id={client_id}: data.num-clients={clients} gives ids from 0 to "
+            f"{clients - 1}"
         )
-    own_folder = str(context.node_config.get("data-dir", ""))
-    node = _node_of(settings, method, number, own_folder)
-    rows = node.clients[number]
-    run_name = str(message.content["config"]["run"])
-    folder = _state_folder(settings, context) / run_name / f"client-{number}"
-    template = settings.data.template or node.images.template
-    task = Task(node.images.classnames, template)
-    splits = node.splits(number)
-    return Client(rows, method, node.clip, task, splits, KeptHeads(folder), node.images.provenance)
+    # All clients of a process share one node, unless each has a folder of its own
+    return _shared(run_config, client_id if folder else None, folder)
+
+
+@functools.lru_cache(maxsize=2)
+def _shared(
+    run_config: tuple[tuple[str, Value], ...], owner: int | None, folder: str
+) -> tuple[Settings, Node, Method[Any, Any]]:
+    """Return what all messages of a run have in common in this process, made once."""
+    settings = config.parse(dict(run_config))
+    kind = methods.load(settings.method)
+    node = node_of(
+        settings.clip, settings.data, settings.seed, settings.device, kind.reading, folder, owner
+    )
+    return settings, node, kind(settings, settings.own, node.clip, node.federated.task)
+
+
+def forget_runs() -> None:
+    """Free what the messages of a run have in common; the next message puts it together anew."""
+    _shared.cache_clear()
+    forget_nodes()
 
 
 def _state_folder(settings: Settings, context: Context) -> Path:
@@ -178,51 +257,9 @@ def _state_folder(settings: Settings, context: Context) -> Path:
     return Path(named or home).expanduser()
 
 
-@dataclass(frozen=True, eq=False)
-class _Node:
-    """What all clients of one process share, all of it frozen."""
-
-    clip: FrozenClip
-    images: ImageData
-    clients: Mapping[int, ClientRows]
-    features: dict[str, Tensor]
-
-    def splits(self, client: int) -> dict[str, Split]:
-        device = self.clip.device
-        parts = {}
-        for split, rows in self.clients[client].rows.items():
-            labels = torch.from_numpy(self.images.column(split, "label")[rows])
-            # On disk they may be float16, in training never
-            features = self.features[split][rows].to(device, torch.float32)
-            parts[split] = Split(features, labels.to(device))
-        return parts
+def _kind(message: Message) -> str:
+    return message.metadata.message_type.partition(".")[0]
 
 
-def _node_of(settings: Settings, method: Method, client: int, own_folder: str) -> "_Node":
-    """Return what this process holds: all clients' images, or one's where it has its own folder."""
-    shared = (settings.clip, settings.seed, settings.device, method.reads, method.views)
-    if not own_folder:
-        return _node(settings.data, *shared)
-    try:
-        data = replace(settings.data, name=FOLDER, path=own_folder)
-        return _node(data, *shared, owner=client)
-    except UsageError as error:
-        raise UsageError(f"client {client}, data-dir={own_folder}: {error}") from error
-
-
-@functools.lru_cache(maxsize=2)
-def _node(
-    data: DataSettings,
-    clip: ClipSettings,
-    seed: int,
-    device: str,
-    reads: Reads,
-    views: int = 0,
-    owner: int | None = None,
-) -> _Node:
-    """Load what a process needs; `owner`: the one client that all of its images belong to."""
-    images = load_images(data)
-    held = partition(images, data, seed) if owner is None else [whole(images, data, owner, seed)]
-    frozen = load_clip(clip.model, clip.pretrained, device, clip.precision)
-    features = read_splits(frozen, images.splits, reads, views, clip.features_dtype)
-    return _Node(frozen, images, {rows.client: rows for rows in held}, features)
+def _round(message: Message) -> int:
+    return int(message.content["config"]["round"])

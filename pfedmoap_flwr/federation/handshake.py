@@ -10,9 +10,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from pfedmoap_flwr.data.splits import difference
+from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.data.labels import difference
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods import Task
 
 POLL_SECONDS = 0.5
 STEADY_SECONDS = 3.0
@@ -24,7 +24,7 @@ logger = logging.getLogger("flwr.pfedmoap")
 class Card:
     """How a client introduced itself; `classes`: how many of them it trains on."""
 
-    client: int
+    client_id: int
     node_id: int
     domain: str
     task: Task
@@ -59,12 +59,12 @@ def wait_for_nodes(grid: Grid, at_least: int, at_most: int, timeout: float) -> N
     )
 
 
-def introduce(grid: Grid, node_ids: list[int], run_name: str, timeout: float) -> list[Card]:
+def introduce(grid: Grid, node_ids: list[int], run_id: str, timeout: float) -> list[Card]:
     """Ask nodes who they are; cards come back in client order.
 
     Raises UsageError where a node fails, two nodes are the same client, or their classes differ.
     """
-    config = {"run": run_name}
+    config = {"run": run_id}
     messages = [
         Message(RecordDict({"config": ConfigRecord(dict(config))}), node_id, MessageType.QUERY)
         for node_id in node_ids
@@ -77,25 +77,25 @@ def introduce(grid: Grid, node_ids: list[int], run_name: str, timeout: float) ->
     if len(cards) < len(node_ids):
         silent = len(node_ids) - len(cards)
         raise UsageError(f"{silent} of {len(node_ids)} nodes did not answer within {timeout:g} s")
-    return sorted(cards, key=lambda card: card.client)
+    return sorted(cards, key=lambda card: card.client_id)
 
 
 def check_agreement(cards: dict[int, Card], new: list[Card]) -> None:
     """Raise UsageError where a new card contradicts those known, or each other."""
     known = dict(cards)
     for card in new:
-        twin = known.get(card.client)
-        if twin is not None and twin.node_id != card.node_id and card.client not in cards:
-            raise UsageError(f"two nodes have partition-id={card.client}; give each its own")
-        known[card.client] = card
+        twin = known.get(card.client_id)
+        if twin is not None and twin.node_id != card.node_id and card.client_id not in cards:
+            raise UsageError(f"two nodes have partition-id={card.client_id}; give each its own")
+        known[card.client_id] = card
         first = next(iter(known.values()))
         if card.task.classnames != first.task.classnames:
             mine, theirs = card.task.classnames, first.task.classnames
             missing, extra = set(theirs) - set(mine), set(mine) - set(theirs)
             raise UsageError(
-                f"clients {first.client} and {card.client} do not know the same classes; client "
-                f"{card.client}: {difference(missing, extra) or _order(mine, theirs)}; give all "
-                "nodes one list with setting data.classnames"
+                f"clients {first.client_id} and {card.client_id} do not know the same classes; "
+                f"client {card.client_id}: {difference(missing, extra) or _order(mine, theirs)}; "
+                "give all nodes one list with setting data.classnames"
             )
 
 
@@ -115,7 +115,7 @@ def say_data(cards: Iterable[Card]) -> None:
     }
     for what, those in lacking.items():
         if those:
-            logger.warning("%s: %s", _clients([card.client for card in those]), what)
+            logger.warning("%s: %s", _clients([card.client_id for card in those]), what)
     if not any(card.can_train for card in cards):
         raise UsageError("no client has training images")
 
@@ -124,7 +124,7 @@ def origins(cards: Iterable[Card]) -> list[tuple[list[int], dict[str, Any]]]:
     """Return what nodes say of where their images come from, with the clients that say so."""
     found: dict[str, list[int]] = {}
     for card in cards:
-        found.setdefault(json.dumps(card.provenance), []).append(card.client)
+        found.setdefault(json.dumps(card.provenance), []).append(card.client_id)
     return [(clients, json.loads(text)) for text, clients in found.items()]
 
 
@@ -142,7 +142,7 @@ def _order(mine: tuple[str, ...], theirs: tuple[str, ...]) -> str:
 
 def _card(node_id: int, record: Any) -> Card:
     return Card(
-        client=int(record["client"]),
+        client_id=int(record["client"]),
         node_id=node_id,
         domain=str(record["domain"]),
         task=Task(tuple(record["classnames"]), str(record["template"])),

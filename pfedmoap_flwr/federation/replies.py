@@ -1,14 +1,14 @@
-"""What comes back is checked before it counts: sender, names, shapes, finite numbers."""
+"""What comes back is checked before it counts: sender, names, shapes, dtypes, finite numbers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from pfedmoap_flwr.federation import records
-from pfedmoap_flwr.methods import Upload
+from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.methods.base import Upload
+from pfedmoap_flwr.training.exchange import check_tensors
 
 
 @dataclass
@@ -24,49 +24,53 @@ class Replies:
     answered: set[int] = field(default_factory=set)
 
     def sort(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
-        """Yield (client, content) in client order; errors are kept in `failed`."""
-        asked = {message.metadata.message_id: c for c, message in self.expected.items()}
+        """Yield (client_id, content) in client order; errors are kept in `failed`."""
+        asked = {message.metadata.message_id: i for i, message in self.expected.items()}
         good: dict[int, RecordDict] = {}
         for reply in replies:
-            client = asked[reply.metadata.reply_to_message_id]
-            self.answered.add(client)
+            client_id = asked[reply.metadata.reply_to_message_id]
+            self.answered.add(client_id)
             if reply.has_error():
-                self.failed[client] = reply.error.reason or f"error code {reply.error.code}"
+                self.failed[client_id] = reply.error.reason or f"error code {reply.error.code}"
             else:
-                good[client] = reply.content
-        for client in sorted(good):
-            yield client, good[client]
+                good[client_id] = reply.content
+        for client_id in sorted(good):
+            yield client_id, good[client_id]
 
     def failures(self) -> dict[int, str]:
-        """Return {client: reason} of all that failed or never answered, in client order."""
-        silent = {client: "no reply" for client in self.expected if client not in self.answered}
+        """Return {client_id: reason} of all that failed or never answered, in client order."""
+        silent = {i: "no reply" for i in self.expected if i not in self.answered}
         return dict(sorted({**silent, **self.failed}.items()))
 
 
-def check_upload(
-    content: RecordDict, client: int, shared: Mapping[str, Tensor]
-) -> tuple[Upload, float | None]:
-    """Return a client's upload and its training loss, if any. Raises ValueError where unfit."""
+@dataclass(frozen=True)
+class Trained:
+    """A client's answer to a train message that passed all checks."""
+
+    upload: Upload
+    loss: float | None
+    metrics: dict[str, float]
+
+
+def check_upload(content: RecordDict, client_id: int, expected: Mapping[str, Tensor]) -> Trained:
+    """Return what a client sent after training; `expected` has an example of each tensor.
+
+    Raises ValueError where it is unfit to be merged.
+    """
     metrics = content["metrics"]
-    _check_sender(int(metrics["client"]), client)
-    tensors = records.to_tensors(content["arrays"])
-    if tensors.keys() != shared.keys():
-        raise ValueError(f"uploaded {sorted(tensors)}, not {sorted(shared)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != shared[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, not {tuple(shared[name].shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite; lower the learning rate")
+    _check_sender(int(metrics["client"]), client_id)
+    tensors = messages.to_tensors(content["arrays"])
+    check_tensors(tensors, expected)
     loss = float(metrics["loss"]) if "loss" in metrics else None
-    return Upload(tensors, int(metrics["num-examples"])), loss
+    start = messages.METHOD_METRIC
+    own = {n.removeprefix(start): float(v) for n, v in metrics.items() if n.startswith(start)}
+    return Trained(Upload(tensors, int(metrics["num-examples"])), loss, own)
 
 
-def check_evaluation(content: RecordDict, client: int) -> dict[str, float]:
+def check_evaluation(content: RecordDict, client_id: int) -> dict[str, float]:
     """Return {"personal-accuracy": ...} of a client. Raises ValueError for somebody else's."""
     metrics = content["metrics"]
-    _check_sender(int(metrics["client"]), client)
+    _check_sender(int(metrics["client"]), client_id)
     return {name: float(v) for name, v in metrics.items() if name.endswith("-accuracy")}
 
 

@@ -3,21 +3,29 @@
 import functools
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from pfedmoap_flwr.methods.base import Head, Method, Received, Server, Task, Upload
+if TYPE_CHECKING:
+    from pfedmoap_flwr.methods.base import Method
 
-__all__ = ["Head", "Method", "Received", "Server", "Task", "Upload", "load", "names"]
+NOT_METHODS = ("base", "settings")
+
+RIVALS = ("pfedmoap", "promptfl", "coop", "zeroshot")
+"""What a comparison compares where nothing else is said."""
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Return the names of all methods there are."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
+    """Return the names of all methods there are. No method is imported."""
+    found = (m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
+    return tuple(sorted(name for name in found if name not in NOT_METHODS))
 
 
 @functools.cache
-def load(name: str) -> type[Method]:
+def load(name: str) -> "type[Method]":
     """Return the one Method class that module `name` defines."""
+    from pfedmoap_flwr.methods.base import Method
+
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (
         value

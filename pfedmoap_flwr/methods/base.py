@@ -1,52 +1,56 @@
 """The one abstraction: what a client learns, what travels, what the server makes of it.
 
-Every default together is PromptFL: FedAvg (Eq. 6) over one prompt (CoOp's). One rule carries all
-methods: the client keeps its whole head; what it receives overwrites by name; what it sends is
-everything not named `personal`.
+One rule carries all methods: a client keeps its whole head; what it receives overwrites by name;
+what it sends is every parameter that is not `personal`, and what the method `reports` besides.
+
+    server  start -> send -> ........................................ -> merge
+    client            kept head, overwritten -> prepare -> train -> upload -> kept
+    client            kept head -> prepare -> adapt -> measured
+
+All defaults of `Method` together are PromptFL: FedAvg over one prompt.
 
 Shapes: B batch, C classes, M context tokens, D text width, d embedding width, K experts, N clients.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.text import Position
+from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
-from pfedmoap_flwr.settings import setting
+from pfedmoap_flwr.settings import Section
 
-if TYPE_CHECKING:
-    from pfedmoap_flwr.config import Settings
+Tensors = Mapping[str, Tensor]
+Deliveries = dict[int, dict[str, Tensor]]
+"""What goes down to each client, by client id and name."""
+Phase = tuple[int, tuple[str, ...]]
+"""Epochs, and the names of the parameters that move in them."""
 
-Received = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """CoOp's prompt options."""
-
-    n_ctx: int = setting(16, "context tokens M", low=1)
-    ctx_init: str = setting("", "words to start from instead of N(0, 0.02); sets n-ctx")
-    class_specific: bool = setting(False, "one context per class")
-    class_token_position: Position = setting(  # noqa: RUF009
-        "end", "class name's place"
-    )
+EVALUATION_IMAGES, EVALUATION_NUMBERS = 1024, 2**22
+"""How many images, and numbers read of them, go through `classify` at once at the most."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is told apart: class names in label order, and a sentence with {} for zero-shot."""
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One client's part of a split: what is read of its images (n, ...) and labels (n,)."""
 
-    classnames: tuple[str, ...]
-    template: str
+    features: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -58,111 +62,198 @@ class Upload:
 
 
 @dataclass
-class Server:
-    """All that the server remembers; saving it is the checkpoint."""
+class ServerState:
+    """All that the server remembers; saving it is the checkpoint.
+
+    shared: what clients upload, averaged (P_g).
+    pool: what a method keeps of each client, by client id; empty for most methods.
+    extra: anything else of one method, such as the moments of an optimiser.
+    metrics: numbers of a method for the round's line in rounds.jsonl; not part of the checkpoint.
+    """
 
     shared: dict[str, Tensor]
     pool: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    examples: dict[int, int] = field(default_factory=dict)
-    round: int = 0
     extra: dict[str, Tensor] = field(default_factory=dict)
+    round: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Head(nn.Module):
-    """Image features (B, d) -> logits (B, C); its parameters are what is learned.
+    """What is read of images (B, ...) -> logits (B, C).
 
-    `encode` holds all work that does not depend on an image, so that an evaluation does it once.
+    Parameters are learned, and travel unless they are personal. Buffers stay at the client. A plain
+    attribute must be the same for all clients: it is not saved, and stacked heads all use that of
+    the first one.
     """
 
-    def prepare(self) -> None:
-        """Compute, unless it is there, what no training step changes: once after each delivery."""
+    def __init__(self, method: Method[Any, Any]) -> None:
+        super().__init__()
+        self.device = method.clip.device
 
-    def encode(self) -> Any:
-        """Return what `classify` needs besides images."""
+    def encode(self) -> Tensor:
+        """Return what does not depend on images, mostly text features: once an evaluation."""
         raise NotImplementedError
 
-    def classify(self, image_features: Tensor, encoded: Any) -> Tensor:
-        """Return logits (B, C)."""
+    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+        """Return logits (B, C); image features come as the tower gives them, not normalised."""
         raise NotImplementedError
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Return logits (B, C) of image features (B, d)."""
+        """Return logits (B, C) of what is read of images (B, ...)."""
         return self.classify(image_features, self.encode())
 
-    def receive(self, tensors: Received) -> None:
-        """Overwrite by name; names the head does not have are for the loss."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name in tensors:
-                    parameter.copy_(tensors[name])
+    def predict(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+        """Return logits (n, C) of a whole split, computed in parts that fit into memory."""
+        fitting = EVALUATION_NUMBERS // max(1, image_features[:1].numel())
+        step = min(max(1, fitting), EVALUATION_IMAGES)
+        return torch.cat([self.classify(part, encoded) for part in image_features.split(step)])
 
-    def kept(self) -> dict[str, Tensor]:
-        """Return what the client keeps on disk: a detached CPU copy of its whole state."""
+    @torch.no_grad()
+    def load(self, tensors: Tensors) -> None:
+        """Overwrite parameters and buffers by name; names that a head does not have are ignored.
+
+        A buffer takes any shape. Raises ValueError where a parameter has another shape.
+        """
+        for path, module in self.named_modules():
+            for leaf in (*module._parameters, *module._buffers):
+                name = f"{path}.{leaf}" if path else leaf
+                if name not in tensors:
+                    continue
+                parameter = module._parameters.get(leaf)
+                if parameter is None:
+                    module._buffers[leaf] = tensors[name].detach().to(self.device, copy=True)
+                elif parameter.shape == tensors[name].shape:
+                    parameter.copy_(tensors[name])
+                else:
+                    came, own = tuple(tensors[name].shape), tuple(parameter.shape)
+                    raise ValueError(f"{name} has shape {came}, not {own}")
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the client keeps on disk: a CPU copy of parameters and lasting buffers."""
         return {name: t.detach().cpu().clone() for name, t in self.state_dict().items()}
 
 
 class PromptHead(Head):
     """CoOp's learner: ctx (M, D), or (C, M, D) class-specific, in front of the frozen text tower.
 
-    logit^(c) = sim(f(x), g(P^(c))) / tau (Eq. 3 and 4).
+    logit^(c) = sim(f(x), g(P^(c))) / tau (pFedMoAP, Eq. 3 and 4).
     """
 
-    def __init__(self, clip: FrozenClip, classnames: tuple[str, ...], settings: Settings) -> None:
-        super().__init__()
-        prompt = settings.prompt
-        words = clip.embed(prompt.ctx_init) if prompt.ctx_init else None
+    def __init__(self, method: Method[Any, Any]) -> None:
+        super().__init__(method)
+        prompt, classnames = method.settings.prompt, method.task.classnames
+        words = method.clip.embed(prompt.ctx_init) if prompt.ctx_init else None
         n_ctx = prompt.n_ctx if words is None else len(words)
-        self.encoder = clip.encoder(
+        self.encoder = method.clip.encoder(
             classnames, n_ctx, prompt.class_token_position, prompt.class_specific
         )
-        if words is None:
-            shape = (len(classnames),) * prompt.class_specific + (n_ctx, self.encoder.width)
-            generator = torch_generator(settings.seed, "ctx")
-            ctx = torch.empty(shape).normal_(std=0.02, generator=generator)
-        else:
-            ctx = words.expand(len(classnames), -1, -1) if prompt.class_specific else words
-        self.ctx = nn.Parameter(ctx.detach().clone().to(clip.device))
-        self.logit_scale = clip.logit_scale
+        self.logit_scale = method.clip.logit_scale
+        self.seed = method.settings.seed
+        self.ctx_shape = (len(classnames),) * prompt.class_specific + (n_ctx, self.encoder.width)
+        self.ctx = self.normal("ctx", *self.ctx_shape)
+        if words is not None:
+            self.ctx.data.copy_(words)
 
-    def encode(self) -> Any:
-        """Return text features (C, d)."""
+    def normal(self, name: str, *shape: int, std: float = 0.02) -> nn.Parameter:
+        """Return a parameter drawn from N(0, std^2), a function of (seed, name)."""
+        drawn = torch.empty(shape).normal_(std=std, generator=torch_generator(self.seed, name))
+        return nn.Parameter(drawn.to(self.device))
+
+    def encode(self) -> Tensor:
+        """Return text features (C, d), unit-norm."""
         return self.encoder(self.ctx)
 
-    def classify(self, image_features: Tensor, encoded: Any) -> Tensor:
-        """Return logits (B, C) from text features (C, d)."""
-        return self.logit_scale * (image_features @ encoded.t())
+    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+        """Return logits (B, C) of image features (B, d) and text features (C, d)."""
+        return self.logit_scale * (F.normalize(image_features, dim=-1) @ encoded.t())
 
 
-class Method:
-    """One federated method. Subclasses override what differs from PromptFL, and nothing else.
+S = TypeVar("S", bound=Section, default=Section)
+H = TypeVar("H", bound=Head, default=PromptHead)
 
-    `reads` is what a head gets of an image: "features" (B, d) or patch "tokens" (B, T, d). With
-    `views` V, a loss gets V augmentations of each training image: (B, V, d) or (B, V, T, d).
+
+@dataclass(frozen=True, eq=False)
+class Work(Generic[H]):
+    """What the hooks of a client get when a message came.
+
+    head: has what the client kept and what it received. received: on the head's device.
+    split: the client's images by the name of a split, read when they are asked for.
     """
 
-    table: ClassVar[type | None] = None
+    client_id: int
+    round: int
+    head: H
+    split: Callable[[str], Split]
+    received: Tensors
+
+    @functools.cached_property
+    def images(self) -> Split:
+        """The client's training images."""
+        return self.split("train")
+
+    @functools.cached_property
+    def validation(self) -> Split:
+        """The client's validation images; there may be none."""
+        return self.split("validation")
+
+
+class Method(Generic[S, H]):
+    """One federated method: subclasses override what differs from PromptFL, and nothing else.
+
+    S is the type of the method's own settings, H that of its head. A method object is made on the
+    server and on every client; it knows the frozen CLIP and the classes, and keeps no state.
+
+    section: the class of its own settings; their keys begin with the method's name.
+    head: the class of its head. reading: what the head gets of an image.
+    personal: parameters, or modules of them, that never leave a client.
+    fidelity: how close it is to its paper, in a few words; its page in docs/methods says more.
+    """
+
+    section: ClassVar[type[Section]] = Section
+    head: ClassVar[type[Head]] = PromptHead
+    reading: ClassVar[Reading] = Reading()
     personal: tuple[str, ...] = ()
-    reads: Literal["features", "tokens", "pixels"] = "features"
-    views: int = 0
+    fidelity: ClassVar[str] = "faithful"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearningSettings, own: S, clip: FrozenClip, task: Task) -> None:
         self.settings = settings
-        self.own = settings.own
+        self.own = own
+        self.clip = clip
+        self.task = task
 
-    def build(self, clip: FrozenClip, task: Task) -> Head:
+    def generator(self, name: str, client_id: int, round: int) -> torch.Generator:
+        """Return the source of one kind of random draws: the same in every process and repeat."""
+        return torch_generator(self.settings.seed, name, client_id, round)
+
+    def reports(self) -> dict[str, Tensor]:
+        """Return an example of each tensor that goes up beside the shared parameters.
+
+        Names, shapes and dtypes are compared with what comes; the values do not matter.
+        """
+        return {}
+
+    # Of a client
+
+    def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""
-        return PromptHead(clip, task.classnames, self.settings)
+        return cast(H, self.head(self))
 
-    def loss(self, head: Head, features: Tensor, labels: Tensor, received: Received) -> Tensor:
-        """Return the training loss of a batch: features (B, d), labels (B,)."""
+    def prepare(self, work: Work[H]) -> None:
+        """Compute once what no training step changes, before a head trains or is measured."""
+
+    def loss(self, head: H, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
+        """Return the training loss of a batch: features (B, ...), labels (B,).
+
+        A function of its arguments alone, so that many clients can be trained in one step.
+        """
         return F.cross_entropy(head(features), labels)
 
-    def schedule(self, head: Head, epochs: int) -> list[tuple[int, tuple[str, ...]]]:
-        """Return the phases of a local training: (epochs, names of the parameters that move)."""
+    def schedule(self, head: H, epochs: int) -> list[Phase]:
+        """Return the phases of a local training, one after the other."""
         return [(epochs, tuple(name for name, _ in head.named_parameters()))]
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
-        """Return the learning rate of a parameter in an epoch (from 0) of a local training.
+        """Return the learning rate of a parameter in an epoch (from 0) of a phase.
 
         "paper": constant. "released": that code's scheduler, fresh for each client: one epoch at
         1e-5, then a cosine over the local epochs.
@@ -173,53 +264,83 @@ class Method:
             return 1e-5
         return self.settings.lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
-    def sgd(self) -> dict[str, Any]:
-        """Return SGD's other settings: none in "paper", the released code's in "released"."""
-        if self.settings.compat == "paper":
-            return {}
-        return {"momentum": 0.9, "weight_decay": 5e-4}
+    def optimizer(self, work: Work[H], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return what moves one head in one phase; groups are {"name": str, "params": [tensor]}.
+
+        "paper": plain SGD. "released": that code's momentum and weight decay.
+        """
+        return torch.optim.SGD(groups, lr=self.settings.lr, **self.sgd_options())
+
+    def sgd_options(self) -> dict[str, Any]:
+        """Return momentum and weight decay of the default optimizer."""
+        released = self.settings.compat == "released"
+        return {"momentum": 0.9, "weight_decay": 5e-4} if released else {}
+
+    def upload(self, work: Work[H]) -> dict[str, Tensor]:
+        """Return what goes up after training: shared parameters that came down, and `reports`."""
+        return {n: t for n, t in self.shared(work.head).items() if n in work.received}
+
+    def metrics(self, work: Work[H]) -> dict[str, float]:
+        """Return numbers of a trained client for rounds.jsonl, by name."""
+        return {}
+
+    def adapt(self, work: Work[H]) -> None:
+        """Adapt a head to its client before it is measured as personal, as by fine-tuning."""
 
     def is_personal(self, name: str) -> bool:
-        """Tell whether a parameter never leaves its client: `personal` lists names and prefixes."""
-        return any(name == p or name.startswith(p + ".") for p in self.personal)
+        """Tell whether a parameter never leaves its client."""
+        return any(name == entry or name.startswith(f"{entry}.") for entry in self.personal)
 
-    def upload(self, head: Head, received: Received) -> dict[str, Tensor]:
-        """Return what goes up: every parameter that is not personal."""
+    def shared(self, head: H) -> dict[str, Tensor]:
+        """Return a CPU copy of every parameter that is not personal."""
         return {
             name: parameter.detach().cpu().clone()
             for name, parameter in head.named_parameters()
             if not self.is_personal(name)
         }
 
-    def start(self, head: Head) -> Server:
+    # Of the server
+
+    def start(self) -> ServerState:
         """Return the server's state before round 1 (P_g^0)."""
-        return Server(shared=self.upload(head, {}))
+        return ServerState(self.shared(self.build()))
 
-    def send(self, server: Server, client: int, *, train: bool) -> dict[str, Tensor]:
-        """Return what goes down to one client, to train on or to evaluate."""
-        return dict(server.shared)
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
+        """Return what goes down to each client, to train on or to be measured."""
+        return {client_id: dict(state.shared) for client_id in client_ids}
 
-    def deliveries(
-        self, server: Server, clients: Sequence[int], *, train: bool
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield what goes down to each client of a round: override where all at once is faster."""
-        for client in clients:
-            yield client, self.send(server, client, train=train)
+    def expected(self, state: ServerState, sent: Tensors) -> dict[str, Tensor]:
+        """Return an example of each tensor that a client must upload which got `sent`."""
+        shared = {name: tensor for name, tensor in state.shared.items() if name in sent}
+        return shared | self.reports()
 
-    def merge(self, server: Server, uploads: Mapping[int, Upload]) -> None:
-        """Turn a round's uploads into the next server state: Eq. 6 and Eq. 7.
+    def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
+        """Turn a round's uploads, in client order, into the next server state.
 
-        P_g^t = SUM p_i P_i^t with p_i = n_i / SUM n over the participants; pool_t[i] <- P_i^t.
+        Eq. 6: P_g^t = SUM p_i P_i^t with p_i = n_i / SUM n over the participants.
         """
-        if not uploads:
-            return
-        total = sum(upload.num_examples for upload in uploads.values())
-        for name, old in server.shared.items():
-            mean = torch.zeros_like(old, dtype=torch.float64)
-            for client in sorted(uploads):
-                upload = uploads[client]
-                mean += upload.tensors[name].double() * (upload.num_examples / total)
-            server.shared[name] = mean.to(old.dtype)
-        for client, upload in uploads.items():
-            server.pool[client] = upload.tensors
-            server.examples[client] = upload.num_examples
+        state.shared |= self.combine(state, uploads)
+
+    def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
+        """Return what is shared next: the mean by n_i, or the rule of setting server.rule."""
+        return average(uploads, state.shared)
+
+
+def average(
+    uploads: Mapping[int, Upload], old: Tensors, weights: Mapping[int, float] | None = None
+) -> dict[str, Tensor]:
+    """Return the mean of uploads under the names of `old`, weighted by n_i or by `weights`.
+
+    A tensor counts for the clients that sent it; what nobody sent keeps its old value. The sum is
+    taken in float64 and in client order, so that the order of replies has no say.
+    """
+    weights = weights or {i: float(upload.num_examples) for i, upload in uploads.items()}
+    means = {}
+    for name, before in old.items():
+        senders = sorted(i for i, upload in uploads.items() if name in upload.tensors)
+        total = sum(weights[i] for i in senders)
+        mean = torch.zeros(before.shape, dtype=torch.float64)
+        for i in senders:
+            mean += uploads[i].tensors[name].double() * (weights[i] / total)
+        means[name] = mean.to(before.dtype) if senders else before
+    return means

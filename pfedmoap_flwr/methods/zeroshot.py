@@ -1,34 +1,30 @@
 """Zero-shot CLIP (Radford et al., ICML 2021, arXiv 2103.00020): a hand-written sentence."""
 
-from typing import Any
-
 from torch import Tensor
+from torch.nn import functional as F
 
-from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.methods.base import Head, Method, Task
+from pfedmoap_flwr.methods.base import Head, Method
+from pfedmoap_flwr.settings import Section
 
 
 class ZeroShotHead(Head):
     """Fixed text features (C, d); it has no parameters, so nothing is trained or sent."""
 
-    def __init__(self, text_features: Tensor, logit_scale: float) -> None:
-        super().__init__()
-        self.text_features = text_features
-        self.logit_scale = logit_scale
+    def __init__(self, method: "ZeroShot") -> None:
+        super().__init__(method)
+        self.text_features = method.clip.zeroshot(method.task.classnames, method.task.template)
+        self.logit_scale = method.clip.logit_scale
 
-    def encode(self) -> Any:
+    def encode(self) -> Tensor:
         """Return the text features (C, d)."""
         return self.text_features
 
-    def classify(self, image_features: Tensor, encoded: Any) -> Tensor:
+    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (B, C)."""
-        return self.logit_scale * image_features @ encoded.t()
+        return self.logit_scale * (F.normalize(image_features, dim=-1) @ encoded.t())
 
 
-class ZeroShot(Method):
+class ZeroShot(Method[Section, ZeroShotHead]):
     """The sentence, "a photo of a <class>.", is the data set's or the setting data.template."""
 
-    def build(self, clip: FrozenClip, task: Task) -> Head:
-        """Return the head with the data set's hand-written prompts."""
-        features = clip.zeroshot(task.classnames, task.template)
-        return ZeroShotHead(features, clip.logit_scale)
+    head = ZeroShotHead

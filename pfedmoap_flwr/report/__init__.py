@@ -1,1 +1,1 @@
-"""What came out: the run folder, the tables."""
+"""What people look at: tables and figures."""

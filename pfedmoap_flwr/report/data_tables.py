@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import Source
-from pfedmoap_flwr.data.images import SPLITS, ImageData
+from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.partition import ClientRows, class_counts
 
 LARGEST = 3  # classes named where there is no room for all
@@ -57,7 +58,7 @@ def print_partition(
     headers = [escape(name) for name in images.classnames]
     rows = [[str(count) if count else "." for count in of_client] for of_client in counts]
     table = _table(title, headers, rows, clients)
-    if _narrowest(table, console) > console.width:
+    if narrowest(table, console) > console.width:
         rows = [_largest(of_client, images.classnames) for of_client in counts]
         table = _table(title, ["classes", "largest"], rows, clients)
     console.print(table)
@@ -75,11 +76,11 @@ def _table(
         table.add_column(name, justify="right", no_wrap=True)
     for client, cells in zip(clients, rows, strict=True):
         totals = [str(len(client.rows[split])) for split in SPLITS]
-        table.add_row(str(client.client), escape(client.domain) or "-", *cells, *totals)
+        table.add_row(str(client.client_id), escape(client.domain) or "-", *cells, *totals)
     return table
 
 
-def _narrowest(table: Table, console: Console) -> int:
+def narrowest(table: Table, console: Console) -> int:
     """Return the width that a table needs so that no word is broken, however wide the console."""
     return console.measure(table, options=console.options.update(max_width=WIDE**2)).minimum
 

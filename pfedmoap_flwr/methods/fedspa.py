@@ -1,0 +1,108 @@
+"""FedSPA (ICML 2026): visual prototypes at the clients, semantic ones at the server.
+
+A client trains K (C, d), one visual prototype for each class, on unit-norm image features x:
+
+    logit^(c) = logit_scale cos(x, T_c) + alpha exp(-beta (1 - x . K_c))
+
+The server trains the text features T on the K_i of all clients (see `parts/alignment.py`), starting
+from zero-shot CLIP's. Every K_i starts from the mean image feature of each class over all clients.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Tensors, Upload, Work
+from pfedmoap_flwr.methods.parts.alignment import align
+from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means
+from pfedmoap_flwr.settings import Section, setting
+
+
+class FedSPASettings(Section):
+    """Settings of FedSPA; the first three differ from data set to data set."""
+
+    alpha: float = setting(6.0, "weight of the visual prototypes", low=0)
+    beta: float = setting(3.0, "sharpness of the visual prototypes", above=0)
+    lr: float = setting(6e-4, "learning rate of clients and server (AdamW)", above=0)
+    server_epochs: int = setting(100, "epochs of the server in a round", low=0)
+    pull: float = setting(0.2, "weight of the text features' pull towards CLIP's", low=0)
+
+
+class FedSPAHead(Head):
+    """Visual prototypes (C, d), 0 as long as there are none, and text features (C, d)."""
+
+    text_features: Tensor
+
+    def __init__(self, method: "FedSPA") -> None:
+        super().__init__(method)
+        self.alpha, self.beta = method.own.alpha, method.own.beta
+        self.logit_scale = method.clip.logit_scale
+        text_features = method.clip.zeroshot(method.task.classnames, method.task.template)
+        self.register_buffer("text_features", text_features.clone())
+        self.prototypes = nn.Parameter(torch.zeros_like(text_features))
+
+    def encode(self) -> Tensor:
+        """Return the text features (C, d)."""
+        return self.text_features
+
+    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+        """Return logits (B, C) of image features (B, d)."""
+        x = F.normalize(image_features, dim=-1)
+        near = torch.exp(-self.beta * (1 - x @ self.prototypes.t()))
+        return self.logit_scale * (x @ encoded.t()) + self.alpha * near
+
+
+class FedSPA(Method[FedSPASettings, FedSPAHead]):
+    """Round 1 collects class means; from round 2 on a client's K is its own."""
+
+    section = FedSPASettings
+    head = FedSPAHead
+
+    def reports(self) -> dict[str, Tensor]:
+        """Return `counts` (C,): how many training images of each class a client has."""
+        return {"counts": torch.zeros(len(self.task.classnames))}
+
+    def lr(self, name: str, epoch: int, epochs: int) -> float:
+        """Return a rate that falls in a cosine over the local epochs."""
+        return self.own.lr * (1 + cos(pi * epoch / epochs)) / 2
+
+    def optimizer(self, work: Work[Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return AdamW, fresh in every round."""
+        return torch.optim.AdamW(groups, eps=1e-4)
+
+    def upload(self, work: Work[FedSPAHead]) -> dict[str, Tensor]:
+        """Return the counts and K, which is the client's class means in round 1."""
+        images, n_classes = work.images, len(self.task.classnames)
+        counts, sums = class_sums(F.normalize(images.features, dim=-1), images.labels, n_classes)
+        means = {"prototypes": class_means(counts, sums).float().cpu()}
+        sent = means if work.round == 1 else self.shared(work.head)
+        return sent | {"counts": counts.float().cpu()}
+
+    def expected(self, state: ServerState, sent: Tensors) -> dict[str, Tensor]:
+        """Return the counts and K, which goes up whether or not it came down."""
+        return state.shared | self.reports()
+
+    def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
+        """Return T, and the pooled class means to a client that has no K of its own."""
+        own = state.pool if train else {}
+        return {i: state.extra | ({} if i in own else state.shared) for i in client_ids}
+
+    def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
+        """Pool the class means of round 1; later keep every K and train T on them."""
+        if state.round == 0:
+            both = ("counts", "prototypes")
+            counts, means = ([u.tensors[name] for u in uploads.values()] for name in both)
+            state.shared["prototypes"] = pooled_means(counts, means).float()
+            return
+        state.pool |= {i: {"prototypes": u.tensors["prototypes"]} for i, u in uploads.items()}
+        prototypes = [state.pool[i]["prototypes"] for i in sorted(state.pool)]
+        draws = [self.generator("align", i, state.round + 1) for i in sorted(state.pool)]
+        own, anchors = self.own, self.build().text_features.cpu()
+        before = state.extra.get("text_features", anchors)
+        state.extra["text_features"] = align(
+            before, anchors, prototypes, draws, own.server_epochs, own.lr, own.pull
+        )

@@ -1,0 +1,43 @@
+"""Small networks behind the image tower; they take its features as they are, not normalised."""
+
+import torch
+from torch import Tensor, nn
+
+from pfedmoap_flwr.methods.parts.gate import linear
+
+
+class AttentionAdapter(nn.Module):
+    """FedCLIP's adapter (Lu et al., 2023, arXiv 2302.13485), which Fed-MP uses too.
+
+    a(x) = softmax(W2 tanh(W1 x + b1) + b2) over the d entries, and x becomes a(x) * x.
+    """
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = linear(width, width, generator)
+        self.outer = linear(width, width, generator)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return a(x) * x (..., d) of image features (..., d)."""
+        attention = self.outer(self.inner(image_features).tanh()).softmax(-1)
+        return attention * image_features
+
+
+class Bottleneck(nn.Module):
+    """FedDDA's adapter (Yang et al., ICML 2025): A(x) = ReLU(W2 ReLU(W1 x)), d -> d/4 -> d."""
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.down = linear_map(width, width // 4, generator)
+        self.up = linear_map(width // 4, width, generator)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Return A(x) (..., d), nowhere negative, of image features (..., d)."""
+        return self.up(self.down(image_features).relu()).relu()
+
+
+def linear_map(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """Return nn.Linear without a bias, started as PyTorch does but from the given generator."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
+    nn.init.uniform_(layer.weight, -(inputs**-0.5), inputs**-0.5, generator=generator)
+    return layer

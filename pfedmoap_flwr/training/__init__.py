@@ -1,0 +1,1 @@
+"""What clients compute: local training and evaluation. Plain PyTorch, no Flower."""
