@@ -15,7 +15,10 @@ from support import ROOT
 
 PACKAGE = "pfedmoap_flwr"
 FILES = [*sorted(ROOT.glob(f"{PACKAGE}/**/*.py")), ROOT / "server_app.py", ROOT / "client_app.py"]
-SOURCES = [*FILES, *sorted(ROOT.glob("tests/**/*.py"))]
+SOURCES = [
+    *FILES,
+    *(p for d in ("benchmarks", "scripts", "tests") for p in sorted(ROOT.glob(f"{d}/**/*.py"))),
+]
 OURS = (PACKAGE, "benchmarks", "support")
 MAX_FILE, MAX_FUNCTION = 400, 60
 

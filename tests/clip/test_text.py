@@ -1,11 +1,7 @@
 """The text tower as a function of the context equals a plain full-length forward of open_clip's."""
 
 import copy
-import functools
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -14,169 +10,22 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from pfedmoap_flwr.clip import prefix
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.words import embed_words, encode_text
-
-LENGTH = 32
-NAMES = (
-    "cat",
-    "forget-me-not",
-    "Boeing 737-800",
-    "annual_crop_land",
-    "pizza (sliced)",  # its ")" and the full stop are one token
-    "pneumonoultramicroscopicsilicovolcanoconiosis",
-    "rose",
+from support.texts import (
+    LENGTH,
+    NAMES,
+    TOWERS,
+    model,
+    random_ctx,
+    reference,
+    relative,
+    tokenizer,
+    value_and_gradient,
 )
-TEXT = {
-    "context_length": LENGTH,
-    "vocab_size": 49408,
-    "width": 64,
-    "heads": 4,
-    "layers": 3,
-}
-TOWERS: dict[str, dict[str, Any]] = {
-    "flat": {},
-    "flat-quickgelu": {"quick_gelu": True},
-    "custom": {"custom_text": True},
-    "custom-layerscale": {"custom_text": True, "text_cfg": {"ls_init_value": 0.5}},
-    "custom-bias": {"custom_text": True, "text_cfg": {"proj_bias": True}},
-    "no-projection": {"custom_text": True, "text_cfg": {"proj_type": "none"}, "embed_dim": 64},
-    "eos-pooled": {"custom_text": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}},
-}
-OTHER_TOWERS: dict[str, dict[str, Any]] = {
-    "both-ways": {"custom_text": True, "text_cfg": {"no_causal_mask": True}},
-    "both-ways-flat": {"text_cfg": {"no_causal_mask": True}},
-    "last": {"custom_text": True, "text_cfg": {"no_causal_mask": True, "pool_type": "last"}},
-    "causal-last": {"text_cfg": {"pool_type": "last"}},
-    "class-token": {"custom_text": True, "text_cfg": {"embed_cls": True}},
-    "qk-norm": {"custom_text": True, "text_cfg": {"qk_norm": True}},
-    "coca": {
-        "multimodal_cfg": {"width": 64, "heads": 4, "layers": 1, "context_length": LENGTH},
-        "text_cfg": {"embed_cls": True, "output_tokens": True},
-        "vision_cfg": {"attentional_pool": True, "output_tokens": True, "attn_pooler_heads": 4},
-        "custom_text": True,
-    },
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On towers this small a second thread gains nothing, and loses much where cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@functools.cache
-def model(tower: str) -> nn.Module:
-    """A small open_clip model whose random weights are large enough to tell one token from another.
-
-    open_clip's own initial values are so small that a mistake would hide in the rounding.
-    """
-    changes = {**TOWERS, **OTHER_TOWERS}[tower]
-    vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
-    config = {
-        "embed_dim": 48,
-        **changes,
-        "text_cfg": TEXT | changes.get("text_cfg", {}),
-        "vision_cfg": vision | changes.get("vision_cfg", {}),
-    }
-    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        (Path(folder) / f"text-{tower}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder)
-        made: nn.Module = open_clip.create_model(f"text-{tower}", pretrained=None)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() < 2:
-            parameter.data += 0.2 * noise
-        else:
-            scale = 0.7 if "embedding" in name else 1.2 * parameter.shape[-1] ** -0.5
-            parameter.data = scale * noise
-    return made.eval().requires_grad_(False)
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return open_clip.SimpleTokenizer(context_length=LENGTH)
-
-
-def random_ctx(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, 64, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def coop_prompts(
-    clip: nn.Module, ctx: Tensor, names: tuple[str, ...], position: str, tokens: Any = None
-) -> tuple[Tensor, Tensor]:
-    """Ids and embeddings of full-length prompts, put together as CoOp does, class by class."""
-    text: Any = getattr(clip, "text", clip)
-    tokens = tokens or tokenizer()
-    n_ctx = ctx.shape[-2]
-    names = tuple(name.replace("_", " ") for name in names)
-    ids = tokens([" ".join(["X"] * n_ctx) + f" {name}." for name in names])
-    words = text.token_embedding(ids).detach()
-    ctx = ctx.expand(len(names), -1, -1)
-    prompts = []
-    for c, name in enumerate(names):
-        n = len(tokens.encode(name))
-        sos, content = words[c, :1], words[c, 1 + n_ctx :]
-        half = n_ctx // 2
-        pieces = {
-            "end": [sos, ctx[c], content],
-            "middle": [sos, ctx[c, :half], content[:n], ctx[c, half:], content[n:]],
-            "front": [sos, content[:n], ctx[c], content[n:]],
-        }
-        prompts.append(torch.cat(pieces[position]))
-    return ids, torch.stack(prompts)
-
-
-def reference(
-    clip: nn.Module,
-    ctx: Tensor,
-    names: tuple[str, ...] = NAMES,
-    position: str = "end",
-    tokens: Any = None,
-) -> Tensor:
-    """CoOp's TextEncoder: every class at full length, every module open_clip's own."""
-    text: Any = getattr(clip, "text", clip)
-    ids, x = coop_prompts(clip, ctx, names, position, tokens)
-    x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
-    x = text.ln_final(x)[torch.arange(len(ids)), ids.argmax(dim=-1)]
-    if isinstance(text.text_projection, nn.Linear):
-        x = text.text_projection(x)
-    elif text.text_projection is not None:
-        x = x @ text.text_projection
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-def hooked_reference(clip: Any, ctx: Tensor, position: str = "end") -> Tensor:
-    """open_clip's own encode_text, with a hook that swaps the embeddings for those of prompts."""
-    ids, x = coop_prompts(clip, ctx, NAMES, position)
-    embedding = getattr(clip, "text", clip).token_embedding
-    handle = embedding.register_forward_hook(lambda *_: x)
-    try:
-        return F.normalize(clip.encode_text(ids), dim=-1)
-    finally:
-        handle.remove()
-
-
-def value_and_gradient(f: Callable[[Tensor], Tensor], ctx: Tensor) -> tuple[Tensor, Tensor]:
-    ctx = ctx.clone().requires_grad_()
-    features = f(ctx)
-    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad((features * weights.to(features)).sum(), ctx)
-    return features.detach(), gradient
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -302,105 +151,6 @@ def test_the_model_is_left_as_it_was(tower: str) -> None:
     after = clip.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in clip.parameters())
-
-
-@pytest.mark.parametrize("position", ["end", "middle", "front"])
-@pytest.mark.parametrize("tower", OTHER_TOWERS)
-def test_other_towers_pass_through_their_own_forward(tower: str, position: Any) -> None:
-    clip = model(tower)
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4, position=position)
-    assert encoder.fallback is not None
-    ctx = random_ctx(4)
-    ours = value_and_gradient(encoder, ctx)
-    theirs = value_and_gradient(lambda c: hooked_reference(clip, c, position), ctx)
-    assert relative(ours[0], theirs[0]) < 1e-5
-    assert relative(ours[1], theirs[1]) < 1e-5
-    assert theirs[1].norm() > 1e-3
-
-
-def siglip_tokens(texts: list[str], context_length: int = LENGTH) -> Tensor:
-    """Ids as SigLIP's tokenizer lays them out: no SOS, no punctuation, padded with EOT."""
-    rows = [tokenizer().encode(text.replace(".", "")) for text in texts]
-    ids = torch.ones(len(rows), context_length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : min(len(row), context_length - 1)] = torch.tensor(row[: context_length - 1])
-    return ids
-
-
-@pytest.mark.parametrize("tower", ["last", "qk-norm"])
-def test_another_layout_of_special_tokens(tower: str) -> None:
-    clip = model(tower)
-    ctx = embed_words(clip, siglip_tokens, "a photo of a")
-    assert len(ctx) == 4
-    encoder = PromptEncoder(clip, siglip_tokens, NAMES, n_ctx=4)
-    texts = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
-    assert relative(encoder(ctx), encode_text(clip, siglip_tokens, texts)) < 1e-5
-    long = " ".join(["rose"] * (LENGTH - 5))
-    PromptEncoder(clip, siglip_tokens, [long], n_ctx=4)
-    with pytest.raises(ValueError, match="too many"):
-        PromptEncoder(clip, siglip_tokens, [f"{long} rose"], n_ctx=4)
-
-
-class Transformers(nn.Module):
-    """The interface of a Hugging Face encoder, in short."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(49408, 16)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.words
-
-
-class OtherTower(nn.Module):
-    context_length = LENGTH
-
-    def __init__(self, deaf: bool = False) -> None:
-        super().__init__()
-        self.transformer = Transformers()
-        self.deaf = deaf
-
-    def forward(self, ids: Tensor) -> Tensor:
-        embedding = self.transformer.words
-        words = F.embedding(ids, embedding.weight) if self.deaf else embedding(ids)
-        return words.cumsum(dim=1).tanh().mean(dim=1)
-
-
-class OtherModel(nn.Module):
-    def __init__(self, text: nn.Module) -> None:
-        super().__init__()
-        self.text = text
-
-    def encode_text(self, ids: Tensor) -> Tensor:
-        features: Tensor = self.text(ids)
-        return features
-
-
-def test_a_tower_of_another_library() -> None:
-    clip = OtherModel(OtherTower())
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=3)
-    assert "not built from open_clip's own" in str(encoder.fallback)
-    ctx = encoder.embed("photo of a")
-    texts = [f"photo of a {name.replace('_', ' ')}." for name in NAMES]
-    assert relative(encoder(ctx), encode_text(clip, tokenizer(), texts)) < 1e-5
-
-
-def test_a_tower_that_cannot_be_given_embeddings_is_named() -> None:
-    with pytest.raises(ValueError, match="OtherTower: given the embeddings of words"):
-        PromptEncoder(OtherModel(OtherTower(deaf=True)), tokenizer(), NAMES, n_ctx=3)
-    tower = OtherTower()
-    tower.transformer = nn.Identity()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="OtherTower: it has no table of token embeddings"):
-        PromptEncoder(OtherModel(tower), tokenizer(), NAMES, n_ctx=3)
-
-
-def test_a_tower_that_only_looks_causal_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, ctx, encode = model("flat"), random_ctx(3), prefix.encode
-    monkeypatch.setattr(prefix, "encode", lambda text, *a: encode(text, *a).roll(1, dims=-1))
-    with pytest.warns(UserWarning, match="features differ"):
-        encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=3)
-    assert encoder.fallback is not None
-    assert relative(encoder(ctx), reference(clip, ctx)) < 1e-5
 
 
 @pytest.mark.parametrize("tower", ["flat", "both-ways"])

@@ -100,6 +100,7 @@ def test_a_client_alone_keeps_its_prompt() -> None:
     assert torch.equal(method.send(state, [3], train=True)[3]["ctx"], torch.ones(4, 32))
 
 
+@pytest.mark.slow
 def test_9_listening_to_nobody_it_is_local_training(
     federate: Federate, wire: list[Exchange]
 ) -> None:

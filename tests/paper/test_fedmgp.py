@@ -169,6 +169,7 @@ def test_copies_of_some_groups_travel_and_all_stay(
         assert ((head["groups"] - start).flatten(1).abs().amax(1) > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_9_with_one_group_it_is_promptfl(federate: Federate) -> None:
     options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
     ours = federate("ours", method="fedmgp", flat={"fedmgp.groups": 1}, **options)

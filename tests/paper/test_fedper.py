@@ -81,6 +81,7 @@ def test_the_mean_is_weighted_by_the_number_of_images() -> None:
     torch.testing.assert_close(state.shared, {"ctx": torch.full((2, 32), 4.0)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_9_with_every_token_shared_it_is_promptfl(compat: str, federate: Federate) -> None:
     options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75, "compat": compat}
@@ -93,6 +94,7 @@ def test_9_with_every_token_shared_it_is_promptfl(compat: str, federate: Federat
     )
 
 
+@pytest.mark.slow
 def test_9_with_every_token_personal_it_is_coop(federate: Federate) -> None:
     options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
     ours = federate("ours", method="fedper", flat={"fedper.shared-fraction": 0.0}, **options)

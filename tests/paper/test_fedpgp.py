@@ -115,6 +115,7 @@ def test_sigma_travels_and_the_factors_stay(federate: Federate, wire: list[Excha
     assert (kept[0]["u"] - kept[1]["u"]).abs().max() > 1e-7
 
 
+@pytest.mark.slow
 def test_9_without_factors_and_contrast_it_is_promptfl(federate: Federate) -> None:
     options = {"num_server_rounds": 3, "fraction_train": 0.75}
     neutral = {"fedpgp.rank": 0, "fedpgp.mu": 0.0}

@@ -27,6 +27,7 @@ def test_the_loss_and_its_gradient_are_the_formulas(mu: float) -> None:
     torch.testing.assert_close(gradient, plain_gradient + mu * apart)
 
 
+@pytest.mark.slow
 def test_9_without_the_pull_it_is_promptfl(federate: Federate) -> None:
     options = {"num_server_rounds": 3, "fraction_train": 0.75}
     ours = federate("ours/run", method="fedprox", flat={"fedprox.mu": 0.0}, **options)

@@ -104,6 +104,7 @@ def test_every_client_remembers_its_own_training_images(
         assert torch.equal(values.sum(-1), torch.ones(len(own)))
 
 
+@pytest.mark.slow
 def test_9_the_memory_changes_what_is_measured_as_personal_and_nothing_else(
     federate: Federate,
 ) -> None:

@@ -84,6 +84,7 @@ def test_nothing_of_the_fine_tuning_is_sent_or_kept(
     assert rounds(ours) != rounds(theirs)
 
 
+@pytest.mark.slow
 def test_9_without_epochs_the_personal_model_is_the_global_one(federate: Federate) -> None:
     options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
     ours = federate("ours/run", method="promptfl_ft", flat={"promptfl_ft.epochs": 0}, **options)

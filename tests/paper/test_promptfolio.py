@@ -82,6 +82,7 @@ def test_the_global_prompt_travels_and_the_local_one_stays(
     assert (kept[0]["local"] - kept[1]["local"]).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_9_without_the_local_prompt_it_is_promptfl(federate: Federate) -> None:
     options = {"num_server_rounds": 3, "fraction_train": 0.75}
     neutral = {"promptfolio.theta": 0.0}
