@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.status import Status
 
-from pfedmoap_flwr import config
+from pfedmoap_flwr import config, files
 from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.runs.folder import RunFolder
@@ -44,7 +44,7 @@ def simulate(settings: Settings, run_dir: Path, console: Console) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     RunFolder(run_dir).forget_ending()
     run_config = run_dir / "run-config.toml"
-    run_config.write_text(config.toml(settings.flat()))
+    files.replace(run_config, config.toml(settings.flat()))
     gpus = round(1 / (os.cpu_count() or 1), 4) if torch.cuda.is_available() else 0.0
     federation = (
         f"num-supernodes={settings.data.num_clients} client-resources-num-cpus=1 "
