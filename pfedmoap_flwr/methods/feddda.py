@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead
-from pfedmoap_flwr.methods.parts.adapters import Bottleneck, linear_map
+from pfedmoap_flwr.methods.parts.adapters import Bottleneck
+from pfedmoap_flwr.methods.parts.gate import linear
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section
 
@@ -37,7 +38,8 @@ class FedDDAHead(PromptHead):
         self.ctx, self.local = (nn.Parameter(half.clone()) for half in halves)
         self.common = Bottleneck(width, torch_generator(self.seed, "common")).to(self.device)
         self.specific = Bottleneck(width, torch_generator(self.seed, "specific")).to(self.device)
-        self.gate = linear_map(width, 3, torch_generator(self.seed, "gate")).to(self.device)
+        gate = linear(width, 3, torch_generator(self.seed, "gate"), bias=False)
+        self.gate = gate.to(self.device)
 
     def encode(self) -> Tensor:
         """Return text features (C, d), the class names between the two contexts."""

@@ -28,16 +28,9 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.down = linear_map(width, width // 4, generator)
-        self.up = linear_map(width // 4, width, generator)
+        self.down = linear(width, width // 4, generator, bias=False)
+        self.up = linear(width // 4, width, generator, bias=False)
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Return A(x) (..., d), nowhere negative, of image features (..., d)."""
         return self.up(self.down(image_features).relu()).relu()
-
-
-def linear_map(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """Return nn.Linear without a bias, started as PyTorch does but from the given generator."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
-    nn.init.uniform_(layer.weight, -(inputs**-0.5), inputs**-0.5, generator=generator)
-    return layer

@@ -84,9 +84,11 @@ class LinearGate(nn.Module):
         return weights[None, :, :, None]
 
 
-def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+def linear(
+    inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True
+) -> nn.Linear:
     """Return nn.Linear with PyTorch's own initialisation, drawn from the given generator."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    for parameter in (layer.weight, layer.bias):
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5, generator=generator)
     return layer
