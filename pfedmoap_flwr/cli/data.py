@@ -98,7 +98,8 @@ def prepare_features(values: Mapping[str, Value], console: Console) -> None:
     clip = load_clip(settings.clip, settings.device)
     size = megabytes(clip.checkpoint.stat().st_size)
     _say(console, f"weights: {clip.checkpoint}, {size}")
-    reading, dtype = methods.load(settings.method).reading, settings.clip.features_dtype
+    reading = methods.load(settings.method).reads(settings.own)
+    dtype = settings.clip.features_dtype
     files = feature_files(clip, images.splits, reading, dtype)
     there = {split for split, file in files.items() if file.exists()}
     began = time.monotonic()

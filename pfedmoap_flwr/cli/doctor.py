@@ -75,8 +75,8 @@ def _check(settings: Settings, room: int, console: Console) -> None:
     _say(console, "data", about)
     clip = _clip(settings)
     _say(console, "weights", f"{clip.checkpoint} on {clip.device.type}")
-    kind = methods.load(settings.method)
-    _say(console, "features", _features(settings, kind.reading, clip, held.images, room))
+    reading = methods.load(settings.method).reads(settings.own)
+    _say(console, "features", _features(settings, reading, clip, held.images, room))
     if not os.access(_existing(cache_folder()), os.W_OK):
         raise UsageError(
             f"{cache_folder()} cannot be written; set {ENVIRONMENT_VARIABLE} to another folder"
@@ -95,11 +95,12 @@ def rehearsal(
     Raises UsageError with the reason where a run's first rounds would fail.
     """
     kind = methods.load(settings.method)
+    reading = kind.reads(settings.own)
     first = min(held.clients)
     sizes = {split: len(rows) for split, rows in held.clients[first].rows.items()}
 
     def images(split: str) -> Split:
-        shape = read_shape(clip, kind.reading.of(split))
+        shape = read_shape(clip, reading.of(split))
         return made_up(method, min(sizes[split], settings.batch_size), shape)
 
     try:

@@ -64,7 +64,7 @@ def describe(name: str, values: Mapping[str, Value]) -> Row:
         down=_numbers(received),
         up=_numbers(method.expected(state, received)),
         stays=", ".join(_kept(method)) or "-",
-        reading=method.reading.kind,
+        reading=kind.reads(settings.own).kind,
         fidelity=method.fidelity,
         source=(sys.modules[kind.__module__].__doc__ or "").split(":")[0],
     )

@@ -239,8 +239,9 @@ def _shared(
     """Return what all messages of a run have in common in this process, made once."""
     settings = config.parse(dict(run_config))
     kind = methods.load(settings.method)
+    reading = kind.reads(settings.own)
     node = node_of(
-        settings.clip, settings.data, settings.seed, settings.device, kind.reading, folder, owner
+        settings.clip, settings.data, settings.seed, settings.device, reading, folder, owner
     )
     return settings, node, kind(settings, settings.own, node.clip, node.federated.task)
 

@@ -204,7 +204,7 @@ class Method(Generic[S, H]):
     server and on every client; it knows the frozen CLIP and the classes, and keeps no state.
 
     section: the class of its own settings; their keys begin with the method's name.
-    head: the class of its head. reading: what the head gets of an image.
+    head: the class of its head. reading: what the head gets of an image, see `reads`.
     personal: parameters, or modules of them, that never leave a client.
     fidelity: how close it is to its paper, in a few words; its page in docs/methods says more.
     """
@@ -224,6 +224,11 @@ class Method(Generic[S, H]):
     def generator(self, name: str, client_id: int, round: int) -> torch.Generator:
         """Return the source of one kind of random draws: the same in every process and repeat."""
         return torch_generator(self.settings.seed, name, client_id, round)
+
+    @classmethod
+    def reads(cls, own: S) -> Reading:
+        """Return what the head gets of an image; a method whose settings decide it says so here."""
+        return cls.reading
 
     def reports(self) -> dict[str, Tensor]:
         """Return an example of each tensor that goes up beside the shared parameters.

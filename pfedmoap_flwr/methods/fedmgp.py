@@ -1,24 +1,23 @@
 """FedMGP (Bo et al., NeurIPS 2025, arXiv 2511.00480): groups of prompts, a few of which are shared.
 
-A client has G groups, each a prompt and so a classifier with text features T_j (C, d):
+A client has G groups, each a text prompt and so a classifier with text features T_j (C, d); with
+`visual` also a prompt inside the image tower, and so image features X_j (B, d) of its own:
 
-    loss = mean_j CE_j + lambda mean over pairs i < j and classes of cos(T_i, T_j)
-    logits = mean_j logits_j
+    logits_j = X_j T_j' / tau      loss = mean_j CE_j + lambda L_div      logits = mean_j logits_j
+    L_div = mean over pairs i < j and classes of cos(T_i, T_j); with X, the mean of that and X's own
 
-It gets s common groups and uploads s of its own, drawn without replacement by
-
-    p_j = softmax(max_i cos(P_j, common_i) / temperature)
-
-The server averages those that were drawn first, those drawn second, and so on. At the client the
-result takes the places of the groups that it had uploaded.
+It gets s common prompts of either kind and uploads s of its own, drawn by nearness to the common
+ones. The server averages those that were drawn first, those drawn second, and so on. At the client
+the result takes the places of the prompts that it had uploaded.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.methods.base import (
     Method,
     Phase,
@@ -29,7 +28,7 @@ from pfedmoap_flwr.methods.base import (
     Work,
     average,
 )
-from pfedmoap_flwr.methods.parts.groups import draw, likeness, nearness
+from pfedmoap_flwr.methods.parts.groups import Groups, likeness
 from pfedmoap_flwr.settings import Section, setting
 
 WORDS_STD = 0.01
@@ -38,82 +37,88 @@ WORDS_STD = 0.01
 class FedMGPSettings(Section):
     """Settings of FedMGP."""
 
-    groups: int = setting(5, "prompts G of a client", low=1)
+    groups: int = setting(5, "groups G of a client", low=1)
     common: int = setting(2, "groups s that travel; all where it is more", low=1)
+    visual: int = setting(0, "tokens of a group's prompt in the image tower; 0: none", low=0)
     lambda_: float = setting(1.0, "weight of the term that keeps groups apart", low=0)
     temperature: float = setting(1.0, "of the draw: small prefers groups like the common", above=0)
 
 
 class FedMGPHead(PromptHead):
-    """The common groups `ctx` (s, M, D), the client's own `groups` (G, M, D), and their `places`.
-
-    places (s,): which of the client's groups the common ones stand for.
-    """
-
-    places: Tensor
+    """The groups' prompts: "text" (G, M, D), and "visual" (G, P, width) where there are any."""
 
     def __init__(self, method: "FedMGP") -> None:
         super().__init__(method)
         own, words = method.own, bool(method.settings.prompt.ctx_init)
         std, start = (WORDS_STD if words else 0.02), self.ctx.detach() * words
         drawn = [self.normal(f"group {j}", *self.ctx_shape, std=std) for j in range(1, own.groups)]
-        groups = [self.ctx, *(start + group for group in drawn)]
-        self.groups = nn.Parameter(torch.stack(groups).detach())
-        self.ctx = nn.Parameter(self.groups.detach()[: own.common].clone())
-        self.register_buffer("places", torch.arange(len(self.ctx), device=self.device))
+        prompts = {"text": torch.stack([self.ctx, *(start + group for group in drawn)])}
+        del self.ctx  # the first group took its place
+        if own.visual:
+            self.tower = method.clip.tower
+            shape = own.groups, own.visual, self.tower.width
+            prompts["visual"] = self.normal("visual groups", *shape)
+        self.groups = Groups(prompts, own.common)
 
     def encode(self) -> Tensor:
         """Return text features (G, C, d)."""
-        return self.encoder(self.groups)
+        return self.encoder(self.groups.own["text"])
 
-    def by_group(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+    def images(self, image_features: Tensor) -> Tensor:
+        """Return unit image features (G, B, d) of pixels (B, 3, H, W); (1, B, d) of features."""
+        own = self.groups.own
+        found = [image_features]
+        if "visual" in own:
+            found = [self.tower.encode(image_features, prompts) for prompts in own["visual"]]
+        return F.normalize(torch.stack(found), dim=-1)
+
+    def by_group(self, images: Tensor, encoded: Tensor) -> Tensor:
         """Return every group's logits (G, B, C)."""
-        return torch.stack([PromptHead.classify(self, image_features, text) for text in encoded])
+        pairs = zip(images.expand(len(encoded), -1, -1), encoded, strict=True)
+        return torch.stack([self.logit_scale * (image @ text.t()) for image, text in pairs])
 
     def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return the mean of the groups' logits (B, C)."""
-        return self.by_group(image_features, encoded).mean(0)
+        return self.by_group(self.images(image_features), encoded).mean(0)
 
 
 class FedMGP(Method[FedMGPSettings, FedMGPHead]):
-    """All groups are trained and stay; copies of some travel as `ctx` and are averaged."""
+    """All groups are trained and stay; copies of some travel as `common` and are averaged."""
 
     section = FedMGPSettings
     head = FedMGPHead
-    personal = ("groups",)
-    fidelity = "faithful for text prompts: the visual half is not here"
+    personal = ("groups.own",)
 
-    @torch.no_grad()
+    @classmethod
+    def reads(cls, own: FedMGPSettings) -> Reading:
+        """Return pixels for prompts inside the image tower."""
+        return Reading("pixels" if own.visual else "features")
+
     def prepare(self, work: Work[FedMGPHead]) -> None:
-        """Put the common groups in their places; a kept head has there what it uploaded."""
-        work.head.groups[work.head.places] = work.head.ctx
+        """Put the common prompts in their places; a kept head has there what it uploaded."""
+        work.head.groups.receive()
 
     def schedule(self, head: FedMGPHead, epochs: int) -> list[Phase]:
-        """Return one phase: the client's groups."""
-        return [(epochs, ("groups",))]
+        """Return one phase: the client's own prompts."""
+        return [(epochs, tuple(n for n, _ in head.named_parameters() if self.is_personal(n)))]
 
     def loss(self, head: FedMGPHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the groups' mean cross-entropy and the term; "released": with the other sign."""
-        encoded = head.encode()
-        logits = head.by_group(features, encoded)
+        text, images = head.encode(), head.images(features)
+        logits = head.by_group(images, text)
         plain = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
-        term = likeness(encoded)
-        if self.settings.compat == "released":
-            term = 1 - term
-        return plain + self.own.lambda_ * term
+        term = likeness(text)
+        if self.own.visual:
+            term = (term + likeness(images, labels >= 0)) / 2
+        return plain + self.own.lambda_ * (1 - term if self.settings.compat == "released" else term)
 
-    @torch.no_grad()
     def upload(self, work: Work[FedMGPHead]) -> dict[str, Tensor]:
-        """Return the groups drawn, and note their places; in round 1 all are drawn alike."""
-        head = work.head
-        near = nearness(head.groups, head.ctx) if work.round > 1 else torch.zeros(self.own.groups)
+        """Return the prompts drawn, each kind by itself; in round 1 all are drawn alike."""
         generator = self.generator("groups", work.client_id, work.round)
-        head.places = draw(near, len(head.ctx), self.own.temperature, generator).to(head.device)
-        head.ctx.copy_(head.groups[head.places])
+        work.head.groups.choose(self.own.temperature, generator, alike=work.round == 1)
         return super().upload(work)
 
     def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
         """Return the mean by n_i; "released": the plain mean."""
-        released = self.settings.compat == "released"
-        weights = dict.fromkeys(uploads, 1.0) if released else None
-        return average(uploads, state.shared, weights)
+        alike = dict.fromkeys(uploads, 1.0) if self.settings.compat == "released" else None
+        return average(uploads, state.shared, alike)

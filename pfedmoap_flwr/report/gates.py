@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pfedmoap_flwr import methods
+from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAP
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
@@ -41,7 +42,7 @@ def inspect_gates(folder: Path, client_ids: Sequence[int] = ()) -> list[GateView
     kind = methods.load(settings.method)
     if kind is not PFedMoAP or settings.own.gate == "none":
         raise UsageError(f"{folder}: {settings.method} has no gate to look at in this run")
-    node = node_of(settings.clip, settings.data, settings.seed, settings.device, kind.reading)
+    node = node_of(settings.clip, settings.data, settings.seed, settings.device, Reading())
     method = kind(settings, settings.own, node.clip, node.federated.task)
     heads = Path(settings.state_dir) / RunFolder(folder).run_id
     wanted = client_ids or sorted(node.federated.clients)

@@ -356,7 +356,7 @@ def few_images(method: Method[Any, Any]) -> Split:
     images = load_images(config.parse(TINY).data)
     rows = np.arange(0, 96, 12)
     labels = torch.from_numpy(images.column("train", "label"))
-    everything = read_images(method.clip, images.splits["train"], method.reading)
+    everything = read_images(method.clip, images.splits["train"], method.reads(method.own))
     return Split(everything[rows], labels[rows])
 
 

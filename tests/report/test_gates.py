@@ -23,7 +23,7 @@ def test_shares_and_entropy_are_those_of_the_kept_gate(federate: Federate) -> No
     views = inspect_gates(run.path)
     assert [view.client_id for view in views] == list(range(NUM_CLIENTS))
     method = make_method("pfedmoap")
-    node = node_of(method.settings.clip, method.settings.data, 0, "cpu", method.reading)
+    node = node_of(method.settings.clip, method.settings.data, 0, "cpu", method.reads(method.own))
     (path,) = run.path.rglob("client-2/round-00003.safetensors")
     kept = load_file(path)
     prompts = [kept["ctx"], *kept["experts"]]

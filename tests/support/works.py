@@ -30,7 +30,7 @@ def made_works(method: Method[Any, Any], sizes: Sequence[int] = SIZES) -> list[W
             received["experts"] = torch.randn((2, 4, 32), generator=generator)
         head.load(learned)
         head.load(received)
-        shape = SHAPES[method.reading.kind]
+        shape = SHAPES[method.reads(method.own).kind]
         features = F.normalize(torch.randn((size, *shape), generator=generator), dim=-1)
         labels = torch.randint(0, 4, (size,), generator=generator)
         images = Split(features, labels)

@@ -1,14 +1,57 @@
-"""Groups of prompts: how alike they are, and which of them are drawn (FedMGP, arXiv 2511.00480)."""
+"""Groups of prompts: how alike they are, and which of them travel (FedMGP, arXiv 2511.00480)."""
+
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def likeness(encoded: Tensor) -> Tensor:
-    """Return the mean cosine () between groups' text features (G, C, d), unit-norm; 0 for one."""
-    first, second = torch.triu_indices(len(encoded), len(encoded), offset=1)
-    return (encoded[first] * encoded[second]).sum(-1).sum() / max(1, len(first) * encoded.shape[1])
+class Groups(nn.Module):
+    """A client's own prompts (G, ...) of each kind, and copies of `count` of them, common to all.
+
+    places_KIND (count,): which of its own the common ones stand for.
+    """
+
+    def __init__(self, prompts: Mapping[str, Tensor], count: int) -> None:
+        super().__init__()
+        starts = {kind: start.detach() for kind, start in prompts.items()}
+        self.own = nn.ParameterDict(starts)
+        self.common = nn.ParameterDict({k: start[:count].clone() for k, start in starts.items()})
+        for kind, common in self.common.items():
+            places = torch.arange(len(common), device=common.device)
+            self.register_buffer(f"places_{kind}", places)
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Put the common prompts in their places."""
+        for kind, common in self.common.items():
+            self.own[kind][self.get_buffer(f"places_{kind}")] = common
+
+    @torch.no_grad()
+    def choose(self, temperature: float, generator: torch.Generator, *, alike: bool) -> None:
+        """Draw those that travel, the likelier the nearer they are to the common; or all `alike`.
+
+        p_j = softmax(max_i cos(P_j, common_i) / temperature), without replacement, by kind.
+        """
+        for kind, common in self.common.items():
+            own = self.own[kind]
+            near = torch.zeros(len(own)) if alike else nearness(own, common)
+            places = draw(near, len(common), temperature, generator).to(own.device)
+            self.get_buffer(f"places_{kind}").copy_(places)
+            common.copy_(own[places])
+
+
+def likeness(features: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean cosine () between groups' unit features (G, n, d); 0 for one group.
+
+    counted (n,): which of the n count; all of them where it is not given.
+    """
+    first, second = torch.triu_indices(len(features), len(features), offset=1)
+    cosines = (features[first] * features[second]).sum(-1)
+    if counted is None:
+        return cosines.sum() / max(1, cosines.numel())
+    return (cosines * counted).sum() / (max(1, len(first)) * counted.sum()).clamp_min(1)
 
 
 def nearness(groups: Tensor, common: Tensor) -> Tensor:
