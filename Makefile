@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test test-quick check settings lock bench-step bench-round bench-pool clean
+.PHONY: run test test-quick check settings lock bench-step bench-round bench-pool bench-methods clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
@@ -31,7 +31,7 @@ settings: $(STAMP)
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --upgrade --output-file requirements/lock.txt
 
-bench-step bench-round bench-pool: bench-%: $(STAMP)
+bench-step bench-round bench-pool bench-methods: bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.$*
 
 clean:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 NOT_METHODS = ("base", "settings")
 
-RIVALS = ("pfedmoap", "promptfl", "coop", "zeroshot")
-"""What a comparison compares where nothing else is said."""
+RIVALS = ("pfedmoap", "promptfl", "coop", "tofa", "gh_ofl", "zeroshot")
+"""What a comparison compares where nothing else is said; the last three train nothing."""
 
 
 @functools.cache
