@@ -1,27 +1,30 @@
 """FedJETs (Dun et al., arXiv 2306.08586): the server's experts, a few of them for each client.
 
-An expert is a prompt. What the gate reads, the paper's common expert, is the frozen image feature:
+An expert is a prompt. What the gate reads, the paper's common expert, is the frozen image feature
+(`parts/experts.py`):
 
     p(y | x) over the K experts that came: logits = SUM_k softmax(s gate x)_k logits_k
 
-Once trained, a client's image is classified by the one expert that its gate prefers.
+Once trained, a client's image is classified by the one expert that its gate prefers. In
+the first rounds, if anchors are asked for, a client trains one expert alone, and the gate to prefer
+it.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from pfedmoap_flwr.methods.base import (
     Deliveries,
     Method,
     Phase,
-    PromptHead,
     ServerState,
+    Tensors,
     Upload,
     Work,
 )
+from pfedmoap_flwr.methods.parts.experts import GatedExperts
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -30,61 +33,37 @@ class FedJETsSettings(Section):
 
     num_experts: int = setting(5, "experts M on the server", low=1)
     top: int = setting(2, "experts K that a client gets to train; M where it is more", low=1)
+    anchor_rounds: int = setting(0, "first rounds, in which a client trains one expert", low=0)
 
 
-class FedJETsHead(PromptHead):
-    """All M experts and the gate; `which` (K,) says which experts this client has in use."""
-
-    which: Tensor
-
-    def __init__(self, method: "FedJETs") -> None:
-        super().__init__(method)
-        n_experts = method.own.num_experts
-        del self.ctx
-        self.experts = nn.ParameterList(
-            self.normal(f"expert {i}", *self.ctx_shape) for i in range(n_experts)
-        )
-        self.gate = self.normal("gate", n_experts, self.encoder.embed_dim)
-        self.register_buffer("which", torch.arange(n_experts, device=self.device))
-
-    def encode(self) -> Tensor:
-        """Return text features (K, C, d) of the experts in use."""
-        return self.encoder(torch.stack(list(self.experts))[self.which])
-
-    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
-        """Return logits (B, C): the gate's mixture in training, its best expert's afterwards."""
-        image_features = F.normalize(image_features, dim=-1)
-        weights = self.weights(image_features)[:, self.which]
-        if self.training:
-            weights = weights / weights.sum(-1, keepdim=True)
-        else:
-            weights = F.one_hot(weights.argmax(-1), weights.shape[-1]).to(weights)
-        return self.logit_scale * torch.einsum("bk,bd,kcd->bc", weights, image_features, encoded)
-
-    def weights(self, image_features: Tensor) -> Tensor:
-        """Return the gate's softmax (B, M) over all experts of unit-norm images (B, d)."""
-        return (self.logit_scale * image_features @ self.gate.t()).softmax(-1)
-
-
-class FedJETs(Method[FedJETsSettings, FedJETsHead]):
+class FedJETs(Method[FedJETsSettings, GatedExperts]):
     """A client says how its gate ranks all experts; the best K are what it trains next."""
 
     section = FedJETsSettings
-    head = FedJETsHead
+    head = GatedExperts
     fidelity = "nearest version: the gate is asked with the last round's ranks"
 
     def reports(self) -> dict[str, Tensor]:
         """Return `ranks` (M,): the gate's mean softmax over a client's training images."""
         return {"ranks": torch.zeros(self.own.num_experts)}
 
-    def schedule(self, head: FedJETsHead, epochs: int) -> list[Phase]:
+    def loss(
+        self, head: GatedExperts, features: Tensor, labels: Tensor, received: Tensors
+    ) -> Tensor:
+        """Return cross-entropy, and that of an anchor's gate to its own expert."""
+        plain = super().loss(head, features, labels, received)
+        if "anchor" not in received:
+            return plain
+        return plain + head.loss_of_gate(features, labels, received["anchor"])
+
+    def schedule(self, head: GatedExperts, epochs: int) -> list[Phase]:
         """Return one phase: the gate and the experts in use."""
         return [(epochs, ("gate", *(f"experts.{i}" for i in head.which.tolist())))]
 
     @torch.no_grad()
-    def upload(self, work: Work[FedJETsHead]) -> dict[str, Tensor]:
+    def upload(self, work: Work[GatedExperts]) -> dict[str, Tensor]:
         """Return the gate, the experts that came, and the ranks of all."""
-        ranks = work.head.weights(F.normalize(work.images.features, dim=-1)).mean(0)
+        ranks = work.head.scores(work.images.features).softmax(-1).mean(0)
         return super().upload(work) | {"ranks": ranks.cpu()}
 
     def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:
@@ -95,10 +74,17 @@ class FedJETs(Method[FedJETsSettings, FedJETsHead]):
             names = ["gate", *(f"experts.{i}" for i in which)]
             sent[client_id] = {name: state.shared[name] for name in names}
             sent[client_id]["which"] = torch.tensor(which)
+            if train and state.round < self.own.anchor_rounds:
+                sent[client_id]["anchor"] = torch.tensor(which)
         return sent
 
     def choose(self, state: ServerState, client_id: int) -> list[int]:
-        """Return the experts that a client ranked highest; for a newcomer they are drawn."""
+        """Return the experts that a client ranked highest; for a newcomer they are drawn.
+
+        An anchor gets one. The server knows nobody's labels: it deals clients out by number.
+        """
+        if state.round < self.own.anchor_rounds:
+            return [client_id % self.own.num_experts]
         if client_id in state.pool:
             order = state.pool[client_id]["ranks"].argsort(descending=True, stable=True)
         else:

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Split, Upload
+from pfedmoap_flwr.training import local
 from support.federation import Exchange, make_method, make_work
 from support.tiny import NUM_CLIENTS
 
@@ -98,3 +99,54 @@ def test_more_experts_than_there_are_is_all_of_them() -> None:
     sent = method.send(method.start(), [0], train=True)[0]
     assert sent["which"].tolist() == [0, 1, 2, 3, 4]
     assert sent.keys() == {"gate", "which", *(f"experts.{i}" for i in range(5))}
+
+
+def test_an_anchor_trains_one_expert_and_its_gate_to_prefer_it() -> None:
+    method = make_method("fedjets", local_epochs=1, lr=0.1, **{"fedjets.anchor-rounds": 2})
+    state = method.start()
+    sent = method.send(state, [3, 8, 9], train=True)
+    for i, expert in ((3, 3), (8, 3), (9, 4)):
+        assert sent[i].keys() == {"gate", "which", "anchor", f"experts.{expert}"}
+        assert sent[i]["which"].tolist() == sent[i]["anchor"].tolist() == [expert]
+    assert method.expected(state, sent[3]).keys() == {"gate", "experts.3", "ranks"}
+    head, start = method.build(), method.build()
+    for each in (head, start):
+        each.load(sent[3])
+        each.train()
+    images = Split(torch.randn(6, 64), torch.arange(6) % 4)
+    labels = images.labels.clone()
+    labels[4:] = -100
+    # By hand: one expert's cross-entropy, and minus the log of what the gate gives it
+    x = F.normalize(images.features.double(), dim=-1)
+    texts = start.encoder(start.experts[3]).double()
+    wrong = F.cross_entropy(start.logit_scale * x @ texts.t(), images.labels)
+    gate = start.gate.detach().double().requires_grad_()
+    given = torch.exp(start.logit_scale * x @ gate.t())
+    of_gate = -(given[:, 3] / given.sum(-1)).log()
+    found = method.loss(start, images.features, images.labels, sent[3])
+    torch.testing.assert_close(found.double(), wrong + of_gate.mean(), rtol=1e-5, atol=1e-6)
+    # Rows that fill up a batch do not count
+    found = method.loss(start, images.features, labels, sent[3])
+    some = F.cross_entropy(start.logit_scale * x @ texts.t(), labels) + of_gate[:4].mean()
+    torch.testing.assert_close(found.double(), some, rtol=1e-5, atol=1e-6)
+    work = make_work(method, head, images, sent[3])
+    local.train(method, [work])
+    (step,) = torch.autograd.grad(of_gate.mean(), gate)
+    expected = start.gate.double() - 0.1 * step
+    torch.testing.assert_close(head.gate.double(), expected, rtol=1e-4, atol=1e-6)
+    moved = [not torch.equal(a, b) for a, b in zip(head.experts, start.experts, strict=True)]
+    assert moved == [False, False, False, True, False]
+    assert method.upload(work).keys() == {"gate", "experts.3", "ranks"}
+
+
+def test_after_the_anchors_rounds_ranks_decide(federate: object, wire: list[Exchange]) -> None:
+    options = {"num_server_rounds": 3, "flat": {"fedjets.anchor-rounds": 2}}
+    federate(method="fedjets", **options)  # type: ignore[operator]
+    for exchange in (e for e in wire if e.kind == "train"):
+        came = [name for name in exchange.down if name.startswith("experts.")]
+        anchored = exchange.round <= 2
+        assert ("anchor" in exchange.down) == anchored
+        assert len(came) == (1 if anchored else 2)
+        if anchored:
+            assert came == [f"experts.{exchange.client}"]
+    assert all("anchor" not in e.down for e in wire if e.kind == "evaluate")
