@@ -39,20 +39,25 @@ class ImageTower:
         Prompts, Visual Prompt Tuning's (Jia et al., ECCV 2022, arXiv 2203.12119), are read by a
         vision transformer after its class token. Shallow (P, width): they enter before the first
         block and pass through all (Eq. 4 and 5). Deep (L, P, width): each of the first L blocks
-        gets fresh ones in place of what the block before made of its own (Eq. 6).
+        gets fresh ones in place of what the block before made of its own (Eq. 6). With prompts
+        (B, L, P, width) every image has its own.
 
         Raises UsageError for prompts where the tower has no place for them.
         """
         if prompts is None:
             return encode_image(self.visual, pixels)
         transformer = self._transformer()
-        deep = prompts if prompts.dim() == 3 else prompts[None]
-        if deep.dim() != 3 or not 1 <= len(deep) <= self.layers or deep.shape[2] != self.width:
+        deep = prompts[None] if prompts.dim() == 2 else prompts
+        each = deep if deep.dim() == 4 else deep[None].expand(len(pixels), *deep.shape)
+        sizes = each.shape[0], each.shape[-1]
+        fits = each.dim() == 4 and sizes == (len(pixels), self.width)
+        if not fits or not 1 <= each.shape[1] <= self.layers:
             raise ValueError(
                 f"prompts have shape {tuple(prompts.shape)}; it must be (P, {self.width}), or "
-                f"(L, P, {self.width}) with L from 1 to {self.layers}"
+                f"(L, P, {self.width}) with L from 1 to {self.layers}, or (B, L, P, {self.width}) "
+                f"for B = {len(pixels)} images"
             )
-        prompted = twin(self.visual, "transformer", _Prompted(transformer.resblocks, deep))
+        prompted = twin(self.visual, "transformer", _Prompted(transformer.resblocks, each))
         return encode_image(prompted, pixels)
 
     def _transformer(self) -> Any:
@@ -77,15 +82,15 @@ class _Prompted(nn.Module):
     def __init__(self, blocks: nn.ModuleList, prompts: Tensor) -> None:
         super().__init__()
         self.blocks = blocks
-        self.prompts = prompts  # (L, P, width)
+        self.prompts = prompts  # (B, L, P, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the outputs (B, 1 + T, width) of class token and patches (B, 1 + T, width)."""
         first, rest = tokens[:, :1], tokens[:, 1:]
-        after = 1 + self.prompts.shape[1]
+        after = 1 + self.prompts.shape[2]
         for number, block in enumerate(self.blocks):
-            if number < len(self.prompts):
-                prompts = self.prompts[number].to(tokens.dtype).expand(len(tokens), -1, -1)
+            if number < self.prompts.shape[1]:
+                prompts = self.prompts[:, number].to(tokens.dtype)
             tokens = block(torch.cat([first, prompts, rest], dim=1))
             first, prompts, rest = tokens[:, :1], tokens[:, 1:after], tokens[:, after:]
         # Prompts are left out, so that a tower that takes the mean of its outputs does not see them

@@ -107,6 +107,18 @@ def test_shallow_prompts_are_deep_ones_of_one_block(tower: ImageTower) -> None:
     assert torch.equal(tower.encode(PIXELS, prompts), tower.encode(PIXELS, prompts[None]))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_image_can_have_its_own_prompts(tower: ImageTower, layers: int) -> None:
+    prompts = draw(5, layers, P, WIDTH, seed=1).requires_grad_()
+    found = tower.encode(PIXELS, prompts)
+    pairs = zip(PIXELS, prompts, strict=True)
+    alone = torch.cat([by_hooks(tower.visual, image[None], own) for image, own in pairs])
+    torch.testing.assert_close(found, alone)
+    # An image's feature moves its own prompts alone
+    (gradient,) = torch.autograd.grad(found[2].sum(), prompts)
+    assert [bool(own.any()) for own in gradient] == [False, False, True, False, False]
+
+
 def test_fresh_prompts_replace_those_of_the_block_before(tower: ImageTower) -> None:
     prompts = draw(3, P, WIDTH)
     visual: Any = tower.visual
@@ -230,7 +242,9 @@ def test_a_tower_without_a_place_for_prompts_says_so(ask: str, tmp_path: Path) -
         asked[ask]()
 
 
-@pytest.mark.parametrize("shape", [(WIDTH,), (P, 32), (4, P, WIDTH), (0, P, WIDTH), (1, 1, P, 64)])
+@pytest.mark.parametrize(
+    "shape", [(WIDTH,), (P, 32), (4, P, WIDTH), (0, P, WIDTH), (1, 1, P, 64), (5, 4, P, 64)]
+)
 def test_prompts_of_another_shape_are_refused(tower: ImageTower, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"it must be \(P, 64\), or \(L, P, 64\) with L from 1"):
         tower.encode(PIXELS, torch.zeros(shape))
