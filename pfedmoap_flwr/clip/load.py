@@ -14,7 +14,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
 from torch import Tensor
 
-from pfedmoap_flwr.clip.settings import ClipSettings, Position
+from pfedmoap_flwr.clip.settings import ClipSettings
+from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
@@ -83,7 +84,7 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, classnames: tuple[str, ...], n_ctx: int, position: Position, class_specific: bool
+        self, classnames: tuple[str, ...], template: Template, class_specific: bool
     ) -> PromptEncoder:
         """Return g(.) for these classes, made once."""
         try:
@@ -91,8 +92,7 @@ class FrozenClip:
                 self.model,
                 self.tokenizer,
                 classnames,
-                n_ctx=n_ctx,
-                position=position,
+                template,
                 class_specific=class_specific,
                 precision=self.precision,
             )
@@ -102,6 +102,10 @@ class FrozenClip:
     def embed(self, words: str) -> Tensor:
         """Return the token embeddings (n, D) of plain words, to start a context from."""
         return embed_words(self.model, self.tokenizer, words)
+
+    def n_tokens(self, words: str) -> int:
+        """Return how many tokens plain words have."""
+        return len(self.embed(words))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def zeroshot(self, classnames: tuple[str, ...], template: str) -> Tensor:

@@ -136,23 +136,23 @@ class Head(nn.Module):
 class PromptHead(Head):
     """CoOp's learner: ctx (M, D), or (C, M, D) class-specific, in front of the frozen text tower.
 
+    Where its vectors stand in a prompt is the setting's template.
     logit^(c) = sim(f(x), g(P^(c))) / tau (pFedMoAP, Eq. 3 and 4).
     """
 
     def __init__(self, method: Method[Any, Any]) -> None:
         super().__init__(method)
         prompt, classnames = method.settings.prompt, method.task.classnames
-        words = method.clip.embed(prompt.ctx_init) if prompt.ctx_init else None
-        n_ctx = prompt.n_ctx if words is None else len(words)
-        self.encoder = method.clip.encoder(
-            classnames, n_ctx, prompt.class_token_position, prompt.class_specific
-        )
+        self.template = prompt.layout(method.clip.n_tokens)
+        self.encoder = method.clip.encoder(classnames, self.template, prompt.class_specific)
         self.logit_scale = method.clip.logit_scale
         self.seed = method.settings.seed
-        self.ctx_shape = (len(classnames),) * prompt.class_specific + (n_ctx, self.encoder.width)
+        size = (self.template.n_ctx, self.encoder.width)
+        self.ctx_shape = (len(classnames),) * prompt.class_specific + size
         self.ctx = self.normal("ctx", *self.ctx_shape)
-        if words is not None:
-            self.ctx.data.copy_(words)
+        for first, words in self.template.starts:
+            start = method.clip.embed(words)
+            self.ctx.data[..., first : first + len(start), :] = start
 
     def normal(self, name: str, *shape: int, std: float = 0.02) -> nn.Parameter:
         """Return a parameter drawn from N(0, std^2), a function of (seed, name)."""
