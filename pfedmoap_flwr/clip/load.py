@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
 from torch import Tensor
 
+from pfedmoap_flwr.clip.names import Names, NamesEncoder
 from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.text import PromptEncoder
@@ -84,20 +85,22 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, classnames: tuple[str, ...], template: Template, class_specific: bool
-    ) -> PromptEncoder:
-        """Return g(.) for these classes, made once."""
+        self, names: Names, template: Template, class_specific: bool
+    ) -> PromptEncoder | NamesEncoder:
+        """Return g(.) for classes with these names, made once."""
         try:
-            return PromptEncoder(
+            encoder = PromptEncoder(
                 self.model,
                 self.tokenizer,
-                classnames,
+                [name for own in names for name in own],
                 template,
                 class_specific=class_specific,
                 precision=self.precision,
             )
         except ValueError as error:
             raise UsageError(f"clip.model={self.name}: {error}") from error
+        counts = [len(own) for own in names]
+        return encoder if max(counts) == 1 else NamesEncoder(encoder, counts)
 
     def embed(self, words: str) -> Tensor:
         """Return the token embeddings (n, D) of plain words, to start a context from."""

@@ -27,6 +27,9 @@ from typing_extensions import TypeVar
 
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.clip.names import NamesEncoder, read_names
+from pfedmoap_flwr.clip.template import Template
+from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
@@ -144,7 +147,7 @@ class PromptHead(Head):
         super().__init__(method)
         prompt, classnames = method.settings.prompt, method.task.classnames
         self.template = prompt.layout(method.clip.n_tokens)
-        self.encoder = method.clip.encoder(classnames, self.template, prompt.class_specific)
+        self.encoder = method.encoder(self.template)
         self.logit_scale = method.clip.logit_scale
         self.seed = method.settings.seed
         size = (self.template.n_ctx, self.encoder.width)
@@ -233,6 +236,12 @@ class Method(Generic[S, H]):
         return {}
 
     # Of a client
+
+    def encoder(self, template: Template) -> PromptEncoder | NamesEncoder:
+        """Return g(.) of the task's classes, by the names that the settings give them."""
+        prompt = self.settings.prompt
+        names = read_names(prompt.names, self.task.classnames)
+        return self.clip.encoder(names, template, prompt.class_specific)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""

@@ -76,8 +76,7 @@ class FedPHA(Method[FedPHASettings, FedPHAHead]):
         generator = self.generator("length", work.client_id, 0)
         length = int(torch.randint(shortest, n_ctx + 1, (), generator=generator))
         head.used = torch.arange(length, device=head.device)
-        shorter = prompt.layout(self.clip.n_tokens, length)
-        head.local_encoder = self.clip.encoder(self.task.classnames, shorter, prompt.class_specific)
+        head.local_encoder = self.encoder(prompt.layout(self.clip.n_tokens, length))
 
     def loss(self, head: FedPHAHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the four terms; "released": through V2, the third moves ctx as well."""

@@ -23,6 +23,7 @@ class PromptSettings(Section):
     template: str = setting(
         "", "as '{soft:4} {class}, a {soft:2}.'; instead of n-ctx, ctx-init, class-token-position"
     )
+    names: str = setting("", "TOML or JSON file of several names of a class; empty: its own")
 
     @field_validator("template")
     @classmethod

@@ -193,12 +193,12 @@ def test_the_tiny_images_are_found_first() -> None:
 
 def test_a_prompt_that_does_not_fit_names_the_class(tiny: FrozenClip) -> None:
     with pytest.raises(UsageError, match=r"clip\.model=tiny.*red panda"):
-        tiny.encoder(("red panda",), layout(40), False)
+        tiny.encoder((("red panda",),), layout(40), False)
 
 
 def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
     low = frozen_clip(precision="bfloat16")
-    names = ("red panda", "snow_owl")
+    names = (("red panda",), ("snow_owl",))
     ctx = (0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     target = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     features, gradients = [], []
