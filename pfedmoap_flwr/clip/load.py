@@ -85,7 +85,7 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, names: Names, template: Template, class_specific: bool
+        self, names: Names, template: Template, class_specific: bool, depth: int = 1
     ) -> PromptEncoder | NamesEncoder:
         """Return g(.) for classes with these names, made once."""
         try:
@@ -95,6 +95,7 @@ class FrozenClip:
                 [name for own in names for name in own],
                 template,
                 class_specific=class_specific,
+                depth=depth,
                 precision=self.precision,
             )
         except ValueError as error:

@@ -3,8 +3,12 @@
 A prompt is P^(c) = [SOS, v_1 .. v_M, name of class c, ".", EOT], or in the order that a `Template`
 says; the v are learned, the rest is embedded text.
 
+Vectors can enter deeper layers too (deep prompts: Jia et al., ECCV 2022, arXiv 2203.12119; for the
+text tower MaPLe, arXiv 2210.03117): there they take the place of what the layer before made of the
+context tokens. They follow those of the input in one context.
+
 Shapes: P prompts, C classes, M context tokens, D text width, d embedding width, L the tower's
-full length (77 for CLIP).
+full length (77 for CLIP). With depth > 1 a context has M = depth times the template's tokens.
 """
 
 import threading
@@ -31,6 +35,7 @@ class PromptEncoder:
         classnames: C names; underscores become spaces.
         template: where the M context vectors, the name and plain words stand.
         class_specific: one context per class instead of one for all.
+        depth: how many layers context tokens enter anew; 1: the input alone.
         precision: of the tower's products; features are float32 all the same.
 
     Raises:
@@ -59,13 +64,14 @@ class PromptEncoder:
         template: Template,
         *,
         class_specific: bool = False,
+        depth: int = 1,
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.classnames = tuple(name.replace("_", " ") for name in classnames)
         if not self.classnames or not all(name.strip() for name in self.classnames):
             raise ValueError(f"classnames must be at least one name, and none empty: {classnames}")
         self.template = template
-        self.n_ctx = template.n_ctx
+        self.n_ctx = depth * template.n_ctx
         self.class_specific = class_specific
         self._precision = precision
 
@@ -82,6 +88,8 @@ class PromptEncoder:
         if self.fallback is None and pooled.tolist() != [end - 1 for end in self._ends]:
             self.fallback = "it does not pool at the last token of every prompt"
         self.embed_dim = self._checked_embed_dim()
+        if depth > 1:
+            self._check_depth(depth)
         self._all = self._prompts(range(len(self.classnames)))
         self._remembered: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -125,6 +133,13 @@ class PromptEncoder:
     def embed(self, words: str) -> Tensor:
         """Token embeddings (n, D) of plain words, without SOS and EOT: CoOp's `ctx_init`."""
         return embed_words(self._words.model, self._words.tokenizer, words)
+
+    def _check_depth(self, depth: int) -> None:
+        if self.fallback is not None:
+            raise ValueError(f"vectors cannot enter its deeper layers: {self.fallback}")
+        layers = len(self._words.text.transformer.resblocks)
+        if depth > layers:
+            raise ValueError(f"vectors in {depth} layers; the text tower has {layers}")
 
     def _lay_out(self) -> tuple[list[list[int]], list[int]]:
         """Token ids of all prompts, with i - I for place i of I of vectors; and their lengths."""
@@ -183,23 +198,31 @@ class PromptEncoder:
 
     def _encode_as_it_is(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
         words, n_prompts = self._words, len(ctx)
-        if self._places != list(range(self.n_ctx)):
+        first, *deeper = (
+            self._table(own, prompts) for own in ctx.split(self.template.n_ctx, dim=-2)
+        )
+        packing = prompts.packing
+        if packing is None:
+            rows = first[:, prompts.index].flatten(0, 1)
+            features = words.encode(prompts.ids.repeat(n_prompts, 1), rows)
+            return features.reshape(n_prompts, -1, features.shape[-1])
+        shared = prompts.index[0, : self._shared]
+        rest = prompts.index[packing.classes, packing.places]
+        tokens = torch.cat([shared, rest.flatten()])
+        soft, deep = tokens >= len(prompts.fixed), [table[:, tokens] for table in deeper]
+        return prefix.encode(words.text, first[:, shared], first[:, rest], packing, soft, deep)
+
+    def _table(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
+        """Embeddings (P, U + C I, D): words, then the context at its I places in each class."""
+        if self._places != list(range(self.template.n_ctx)):
             vectors = ctx.unbind(-2)
             ctx = torch.stack([vectors[j] for j in self._places], dim=-2)
         if not self.class_specific:
             # A copy for each class: if many tokens read one row, threads would add up its gradient
             # in any order, and a repeated run would not give the same bytes.
             ctx = ctx[:, None].expand(-1, len(self.classnames), -1, -1)
-        fixed = words.embed(prompts.fixed).expand(n_prompts, -1, -1)
-        table = torch.cat([fixed, ctx.flatten(1, 2)], dim=1)
-        packing = prompts.packing
-        if packing is None:
-            rows = table[:, prompts.index].flatten(0, 1)
-            features = words.encode(prompts.ids.repeat(n_prompts, 1), rows)
-            return features.reshape(n_prompts, -1, features.shape[-1])
-        shared = table[:, prompts.index[0, : self._shared]]
-        rest = table[:, prompts.index[packing.classes, packing.places]]
-        return prefix.encode(words.text, shared, rest, packing)
+        fixed = self._words.embed(prompts.fixed).expand(len(ctx), -1, -1)
+        return torch.cat([fixed, ctx.flatten(1, 2)], dim=1)
 
     @torch.no_grad()
     def _checked_embed_dim(self) -> int:
@@ -211,7 +234,7 @@ class PromptEncoder:
         word = words.content(["photo"])[0][0]
         expected = F.normalize(words.encode(self._ids(word)[classes]), dim=-1)
         size = (1, len(self.classnames)) if self.class_specific else (1,)
-        ctx = words.embed(torch.full((*size, self.n_ctx), word))
+        ctx = words.embed(torch.full((*size, self.template.n_ctx), word))
         # Rounding differs with the order of summation; a wrong mask, position or projection turns
         # a feature by far more than this.
         low = max(torch.finfo(expected.dtype).eps, torch.finfo(self._precision).eps) > 1e-6

@@ -139,7 +139,9 @@ class Head(nn.Module):
 class PromptHead(Head):
     """CoOp's learner: ctx (M, D), or (C, M, D) class-specific, in front of the frozen text tower.
 
-    Where its vectors stand in a prompt is the setting's template.
+    Where its vectors stand in a prompt is the setting's template. With prompt.depth those that
+    enter deeper layers follow in the same ctx, so that M is depth times the template's.
+
     logit^(c) = sim(f(x), g(P^(c))) / tau (pFedMoAP, Eq. 3 and 4).
     """
 
@@ -150,7 +152,7 @@ class PromptHead(Head):
         self.encoder = method.encoder(self.template)
         self.logit_scale = method.clip.logit_scale
         self.seed = method.settings.seed
-        size = (self.template.n_ctx, self.encoder.width)
+        size = (self.encoder.n_ctx, self.encoder.width)
         self.ctx_shape = (len(classnames),) * prompt.class_specific + size
         self.ctx = self.normal("ctx", *self.ctx_shape)
         for first, words in self.template.starts:
@@ -241,7 +243,7 @@ class Method(Generic[S, H]):
         """Return g(.) of the task's classes, by the names that the settings give them."""
         prompt = self.settings.prompt
         names = read_names(prompt.names, self.task.classnames)
-        return self.clip.encoder(names, template, prompt.class_specific)
+        return self.clip.encoder(names, template, prompt.class_specific, prompt.depth)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""

@@ -32,8 +32,8 @@ class FedDDAHead(PromptHead):
         n_ctx, width = self.ctx_shape[-2], self.encoder.embed_dim
         if n_ctx < 2:
             raise UsageError(f"setting prompt.n-ctx={n_ctx}: feddda divides it, so it must be >= 2")
-        if method.settings.prompt.template:
-            raise UsageError("setting prompt.template: feddda has a template of its own")
+        if method.settings.prompt.template or method.settings.prompt.depth > 1:
+            raise UsageError("prompt.template, prompt.depth: feddda has a template of its own")
         sizes = [n_ctx // 2, n_ctx - n_ctx // 2]
         text = f"{{soft:{sizes[0]}}} {{class}} {STYLE} {{soft:{sizes[1]}}}."
         self.encoder = method.encoder(parse(text, method.clip.n_tokens))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead, Tensors, Work
 from pfedmoap_flwr.settings import Section, setting
 
@@ -40,6 +41,8 @@ class FedPHAHead(PromptHead):
     def __init__(self, method: "FedPHA") -> None:
         super().__init__(method)
         n_ctx = self.ctx_shape[-2]
+        if method.settings.prompt.depth > 1:
+            raise UsageError("setting prompt.depth: fedpha's prompts enter the input alone")
         self.kept = math.ceil(method.own.ratio * min(self.ctx_shape[-2:]))
         self.local = self.normal("local", *self.ctx_shape)
         # Its shape says how long the prompt is, so heads of two lengths are never stacked

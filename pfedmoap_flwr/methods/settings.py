@@ -24,6 +24,7 @@ class PromptSettings(Section):
         "", "as '{soft:4} {class}, a {soft:2}.'; instead of n-ctx, ctx-init, class-token-position"
     )
     names: str = setting("", "TOML or JSON file of several names of a class; empty: its own")
+    depth: int = setting(1, "text layers that vectors enter anew; 1: the input alone", low=1)
 
     @field_validator("template")
     @classmethod

@@ -1,6 +1,7 @@
 """The setting prompt.template: what it replaces, and that methods work on it unchanged."""
 
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -126,10 +127,13 @@ def test_the_anchor_of_fedpgps_code_is_the_templates_sentence() -> None:
 
 def test_the_pages_examples() -> None:
     page = (ROOT / "docs" / "prompts.md").read_text()
-    templates = re.findall(r"^pfedmoap run .*prompt\.template='([^']+)'", page, re.MULTILINE)
-    assert len(templates) > 5
-    for template in templates:
-        make_method("promptfl", **DEFAULT, **{"prompt.template": template}).build()
+    examples = re.findall(r"^pfedmoap run (.*)$", page, re.MULTILINE)
+    assert len(examples) > 5
+    for example in examples:
+        changes = config.parse_words(shlex.split(example, comments=True))
+        changes.pop("prompt.names", None)  # its file is tested with the setting
+        assert "prompt.template" in changes
+        make_method("promptfl", **DEFAULT, **changes).build()
     (wrong, line), *more = re.findall(r"^\$ .*prompt\.template='(.*)'\n(.*)$", page, re.MULTILINE)
     assert not more
     with pytest.raises(UsageError) as raised:
