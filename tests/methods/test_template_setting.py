@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import PromptHead
 from pfedmoap_flwr.runs import checkpoint
+from pfedmoap_flwr.settings import flatten
 from support import ROOT
 from support.federation import Federate, make_method, make_work, rounds, tensor_files
 
@@ -71,6 +73,12 @@ def test_a_template_goes_with_none_of_the_keys_that_it_replaces(key: str, value:
     assert "\n" not in str(e.value)
     # The class's own vectors are said by their own key
     config.parse({"prompt.template": "{soft:4} {class}.", "prompt.class-specific": True})
+
+
+def test_11_a_template_survives_being_written_and_read() -> None:
+    settings = config.parse({"prompt.template": '{soft:2#a} {class}, "ä" \\ # = {soft:a b}\t.'})
+    assert config.parse(flatten(tomllib.loads(config.toml(settings.flat())))) == settings
+    assert settings != config.parse({})
 
 
 def test_a_wrong_template_ends_before_anything_is_loaded() -> None:
