@@ -101,11 +101,12 @@ class Step:
     def __init__(self, clip: FrozenClip, classes: int, experts: int, **prompt: Any) -> None:
         torch.manual_seed(0)
         settings = config.parse({"method": "pfedmoap", **prompt})
-        self.clip, self.names, self.n_ctx = clip, classnames(classes), settings.prompt.n_ctx
+        self.clip, self.names = clip, classnames(classes)
         method = PFedMoAP(settings, settings.own, clip, Task(self.names, ""))
         head: Any = method.build()
         self.head = head
         self.ours: PromptEncoder = head.encoder
+        self.n_ctx = self.ours.n_ctx
         self.ours.memory = 0  # what is measured is encoding, not remembering
         self.given = Given(clip, classes, experts, self.ours.embed_dim)
         features = torch.randn(BATCH, self.ours.embed_dim, device=clip.device)

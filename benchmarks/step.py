@@ -208,6 +208,7 @@ def _variant_cells(clip: FrozenClip, classes: int, repeats: int) -> list[Cell]:
         step = Step(clip, classes, 0, **prompt)
         time = seconds(step.by(step.ours), clip.device, repeats)
         cells.append({"cell": name, "model": clip.name, "C": classes, "ours s": time})
+    cells.append(_template_cell(clip, classes, repeats))
 
     step = Step(clip, classes, 0)
     prompts = step.head.ctx.detach().expand(10, -1, -1).clone().requires_grad_()
@@ -220,6 +221,21 @@ def _variant_cells(clip: FrozenClip, classes: int, repeats: int) -> list[Cell]:
     apart = seconds(lambda: encode(prompts.unbind()), clip.device, repeats)
     ten = {"cell": "10 prompts", "model": clip.name, "C": classes}
     return [*cells, ten | {"one call s": together, "10 calls s": apart, "ratio": apart / together}]
+
+
+def _template_cell(clip: FrozenClip, classes: int, repeats: int) -> Cell:
+    """Our step with vectors before or after the name; any template costs the reference the same."""
+    cell: Cell = {"cell": "template", "model": clip.name, "C": classes}
+    full = _reference_counts(clip, classes, 0)[1]
+    for name, template in {
+        "vectors first": "{soft:16} {class}, drawn as an emoji.",
+        "name first": "{class}, {soft:16} drawn as an emoji.",
+    }.items():
+        step = Step(clip, classes, 0, **{"prompt.template": template})
+        cell[f"{name}, s"] = seconds(step.by(step.ours), clip.device, repeats)
+        cell[f"ratio flops, {name}"] = full / step.count(step.ours)[1]
+    cell["reference s"] = seconds(step.by(step.full_length()), clip.device, 1)
+    return cell | {"ratio": cell["reference s"] / cell["vectors first, s"]}
 
 
 def _ratios(cells: list[Cell]) -> dict[str, float]:

@@ -14,7 +14,15 @@ pytestmark = pytest.mark.processes
 
 QUICK = {
     # benchmark: how many cells of each kind its quick run has
-    "step": {"images": 1, "agreement": 1, "step": 2, "delivery": 1, "peak": 1, "10 prompts": 1},
+    "step": {
+        "images": 1,
+        "agreement": 1,
+        "step": 2,
+        "delivery": 1,
+        "peak": 1,
+        "10 prompts": 1,
+        "template": 1,
+    },
     "pool": {"pool": 3},
     "methods": {"method": 2},
     "round --engines one-by-one at-once": {"round": 2},  # Ray takes half a minute to start

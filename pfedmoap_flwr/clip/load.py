@@ -14,7 +14,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
 from torch import Tensor
 
-from pfedmoap_flwr.clip.settings import ClipSettings, Position
+from pfedmoap_flwr.clip.names import Names, NamesEncoder
+from pfedmoap_flwr.clip.settings import ClipSettings
+from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
 from pfedmoap_flwr.clip.weights import (
@@ -83,25 +85,31 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, classnames: tuple[str, ...], n_ctx: int, position: Position, class_specific: bool
-    ) -> PromptEncoder:
-        """Return g(.) for these classes, made once."""
+        self, names: Names, template: Template, class_specific: bool, depth: int = 1
+    ) -> PromptEncoder | NamesEncoder:
+        """Return g(.) for classes with these names, made once."""
         try:
-            return PromptEncoder(
+            encoder = PromptEncoder(
                 self.model,
                 self.tokenizer,
-                classnames,
-                n_ctx=n_ctx,
-                position=position,
+                [name for own in names for name in own],
+                template,
                 class_specific=class_specific,
+                depth=depth,
                 precision=self.precision,
             )
         except ValueError as error:
             raise UsageError(f"clip.model={self.name}: {error}") from error
+        counts = [len(own) for own in names]
+        return encoder if max(counts) == 1 else NamesEncoder(encoder, counts)
 
     def embed(self, words: str) -> Tensor:
         """Return the token embeddings (n, D) of plain words, to start a context from."""
         return embed_words(self.model, self.tokenizer, words)
+
+    def n_tokens(self, words: str) -> int:
+        """Return how many tokens plain words have."""
+        return len(self.embed(words))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def zeroshot(self, classnames: tuple[str, ...], template: str) -> Tensor:

@@ -114,11 +114,19 @@ def pack(ends: Sequence[int], size: int, width: int) -> Packing:
     return Packing(classes, places, own, at)
 
 
-def encode(text: Any, prefix: Tensor, suffix: Tensor, packing: Packing) -> Tensor:
+def encode(
+    text: Any,
+    prefix: Tensor,
+    suffix: Tensor,
+    packing: Packing,
+    soft: Tensor,
+    deep: Sequence[Tensor] = (),
+) -> Tensor:
     """Features (P, C, d) at the last token of each prompt, not normalised.
 
     `prefix` (P, S, D) are the embeddings that all prompts begin with, `suffix` (P, R, W, D) those
-    of the rest, as packed.
+    of the rest, as packed. The first of `deep`, (P, S + R W, D) each, takes the place of what
+    enters the second block, the next of what enters the third, at the tokens `soft` (S + R W,).
     """
     dtype, size = text.transformer.get_cast_dtype(), prefix.shape[1]
     position = text.positional_embedding.to(dtype)
@@ -126,8 +134,10 @@ def encode(text: Any, prefix: Tensor, suffix: Tensor, packing: Packing) -> Tenso
     suffix = suffix.to(dtype) + position[packing.places]
     x = torch.cat([prefix, suffix.flatten(1, 2)], dim=1)
     *blocks, last = text.transformer.resblocks
-    for block in blocks:
+    for i, block in enumerate(blocks):
         x = _block(block, x, size, packing)
+        if i < len(deep):
+            x = torch.where(soft[:, None], deep[i].to(x.dtype), x)
     # Of the last block only the tokens that are pooled are wanted.
     x = text.ln_final(_block(last, x, size, packing, size + packing.ends))
     if isinstance(text.text_projection, nn.Linear):

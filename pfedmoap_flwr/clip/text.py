@@ -1,10 +1,14 @@
 """The frozen text tower g(.) as a function of a prompt's context (arXiv 2410.10114, Eq. 3).
 
-A prompt is P^(c) = [SOS, v_1 .. v_M, name of class c, ".", EOT]; the v are learned, the rest is
-embedded text. The token layout is CoOp's (KaiyangZhou/CoOp, trainers/coop.py).
+A prompt is P^(c) = [SOS, v_1 .. v_M, name of class c, ".", EOT], or in the order that a `Template`
+says; the v are learned, the rest is embedded text.
+
+Vectors can enter deeper layers too (deep prompts: Jia et al., ECCV 2022, arXiv 2203.12119; for the
+text tower MaPLe, arXiv 2210.03117): there they take the place of what the layer before made of the
+context tokens. They follow those of the input in one context.
 
 Shapes: P prompts, C classes, M context tokens, D text width, d embedding width, L the tower's
-full length (77 for CLIP).
+full length (77 for CLIP). With depth > 1 a context has M = depth times the template's tokens.
 """
 
 import threading
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfedmoap_flwr.clip import prefix
-from pfedmoap_flwr.clip.settings import Position
+from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.words import Tokenizer, Words, embed_words
 
 
@@ -29,10 +33,9 @@ class PromptEncoder:
         model: an open_clip model, on its device already; it is read, never changed.
         tokenizer: the model's own, from `open_clip.get_tokenizer`.
         classnames: C names; underscores become spaces.
-        n_ctx: M, the number of context tokens.
-        position: where the name stands: after the context ("end"), between its halves ("middle")
-            or before it ("front"); "." and EOT come last.
+        template: where the M context vectors, the name and plain words stand.
         class_specific: one context per class instead of one for all.
+        depth: how many layers context tokens enter anew; 1: the input alone.
         precision: of the tower's products; features are float32 all the same.
 
     Raises:
@@ -40,7 +43,7 @@ class PromptEncoder:
             be given embeddings in place of words.
 
     Attributes:
-        width: D. embed_dim: d.
+        n_ctx: M. width: D. embed_dim: d.
         fallback: None for towers that are causal and pool at EOT, whose prompts are encoded
             without computing any shared token twice (see `prefix`). For all others the reason why
             prompts pass at full length through open_clip's own forward.
@@ -58,36 +61,35 @@ class PromptEncoder:
         model: nn.Module,
         tokenizer: Tokenizer,
         classnames: Sequence[str],
+        template: Template,
         *,
-        n_ctx: int,
-        position: Position = "end",
         class_specific: bool = False,
+        depth: int = 1,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}
-        if position not in before:
-            raise ValueError(f'position is "{position}"; it can be "end", "middle" or "front"')
-        if n_ctx < 1:
-            raise ValueError(f"n_ctx is {n_ctx}; a prompt needs at least 1 context token")
         self.classnames = tuple(name.replace("_", " ") for name in classnames)
         if not self.classnames or not all(name.strip() for name in self.classnames):
             raise ValueError(f"classnames must be at least one name, and none empty: {classnames}")
-        self.n_ctx = n_ctx
-        self.position = position
+        self.template = template
+        self.n_ctx = depth * template.n_ctx
         self.class_specific = class_specific
         self._precision = precision
 
         self._words = words = Words(model, tokenizer)
         self.width: int = words.embedding.weight.shape[1]
-        self._rows, self._ends = self._lay_out(before[position])
-        # Tokens that all prompts begin with. Class-specific contexts leave only SOS.
-        self._shared = len(words.head) + (0 if class_specific else before[position])
+        rows, self._ends = self._lay_out()
+        # Which vector stands at each place of one
+        self._places = [j for part in template.soft for j in part]
+        self._shared = self._count_shared(rows)
+        self._rows = torch.tensor([row + [words.pad] * (words.length - len(row)) for row in rows])
 
         self.fallback = prefix.why_not(words.text)
         pooled = prefix.pooled(words.text, self._ids(words.filler))
         if self.fallback is None and pooled.tolist() != [end - 1 for end in self._ends]:
             self.fallback = "it does not pool at the last token of every prompt"
         self.embed_dim = self._checked_embed_dim()
+        if depth > 1:
+            self._check_depth(depth)
         self._all = self._prompts(range(len(self.classnames)))
         self._remembered: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -132,21 +134,43 @@ class PromptEncoder:
         """Token embeddings (n, D) of plain words, without SOS and EOT: CoOp's `ctx_init`."""
         return embed_words(self._words.model, self._words.tokenizer, words)
 
-    def _lay_out(self, before: int) -> tuple[Tensor, list[int]]:
-        """Token ids (C, L) of all prompts, with j - M for context token j; and where each ends."""
-        words, ctx = self._words, range(-self.n_ctx, 0)
-        # CoOp's split: as many tokens as the name has alone, even if "." merges with its last one.
-        lengths = [len(content) for content in words.content(self.classnames)]
-        contents = words.content([f"{name}." for name in self.classnames])
-        rows, ends = [], []
-        for name, n, content in zip(self.classnames, lengths, contents, strict=True):
-            body = [*ctx[:before], *content[:n], *ctx[before:], *content[n:]]
-            row = [*words.head, *body, *words.tail]
-            what = f'the class name "{name}" with {self.n_ctx} context tokens'
-            words.check_fits(what, len(row), "shorten the name or lower n_ctx")
-            rows.append(row + [words.pad] * (words.length - len(row)))
-            ends.append(len(row))
-        return torch.tensor(rows), ends
+    def _check_depth(self, depth: int) -> None:
+        if self.fallback is not None:
+            raise ValueError(f"vectors cannot enter its deeper layers: {self.fallback}")
+        layers = len(self._words.text.transformer.resblocks)
+        if depth > layers:
+            raise ValueError(f"vectors in {depth} layers; the text tower has {layers}")
+
+    def _lay_out(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of all prompts, with i - I for place i of I of vectors; and their lengths."""
+        words, soft, n_places = self._words, self.template.soft, sum(map(len, self.template.soft))
+        filled = [self.template.fill(name) for name in self.classnames]
+        contents = words.content([sentence for sentence, _ in filled])
+        befores = [before for _, before in filled]
+        # CoOp's split: as many tokens as the words before have alone, even if "." merges with them.
+        marks = [words.content(texts) for texts in zip(*befores, strict=True)]
+        ends = [len(words.head) + len(c) + n_places + len(words.tail) for c in contents]
+        longest = max(range(len(ends)), key=lambda c: ends[c])
+        what = f'the class name "{self.classnames[longest]}" in "{self.template.text}"'
+        words.check_fits(what, ends[longest], "shorten the name or the prompt")
+        rows = []
+        for c, content in enumerate(contents):
+            body, done, place = [], 0, -n_places
+            for vectors, mark in zip(soft, marks, strict=True):
+                body += [*content[done : len(mark[c])], *range(place, place + len(vectors))]
+                done, place = max(done, len(mark[c])), place + len(vectors)
+            rows.append([*words.head, *body, *content[done:], *words.tail])
+        return rows, ends
+
+    def _count_shared(self, rows: list[list[int]]) -> int:
+        """S, how many tokens before the class's name are the same in all prompts."""
+        plain, vectors = self.template.up_to_class()
+        limit = len(self._words.head) + len(self._words.content([plain])[0]) + vectors
+        for place, tokens in enumerate(zip(*rows, strict=False)):
+            own = self.class_specific and tokens[0] < 0
+            if place == limit or own or len(set(tokens)) > 1:
+                return place
+        return limit
 
     def _ids(self, word: int) -> Tensor:
         """Token ids (C, L) of all prompts, with this word's in place of every context token."""
@@ -157,7 +181,7 @@ class PromptEncoder:
         chosen = torch.tensor(classes)
         rows, ids = self._rows[chosen], self._ids(self._words.filler)[chosen]
         fixed, index = torch.unique(ids, return_inverse=True)
-        ctx = len(fixed) + self.n_ctx * (chosen[:, None] + 1) + rows
+        ctx = len(fixed) + len(self._places) * (chosen[:, None] + 1) + rows
         packing = None
         if self.fallback is None:
             packing = prefix.pack([self._ends[c] for c in classes], self._shared, self.width)
@@ -174,20 +198,31 @@ class PromptEncoder:
 
     def _encode_as_it_is(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
         words, n_prompts = self._words, len(ctx)
+        first, *deeper = (
+            self._table(own, prompts) for own in ctx.split(self.template.n_ctx, dim=-2)
+        )
+        packing = prompts.packing
+        if packing is None:
+            rows = first[:, prompts.index].flatten(0, 1)
+            features = words.encode(prompts.ids.repeat(n_prompts, 1), rows)
+            return features.reshape(n_prompts, -1, features.shape[-1])
+        shared = prompts.index[0, : self._shared]
+        rest = prompts.index[packing.classes, packing.places]
+        tokens = torch.cat([shared, rest.flatten()])
+        soft, deep = tokens >= len(prompts.fixed), [table[:, tokens] for table in deeper]
+        return prefix.encode(words.text, first[:, shared], first[:, rest], packing, soft, deep)
+
+    def _table(self, ctx: Tensor, prompts: "_Prompts") -> Tensor:
+        """Embeddings (P, U + C I, D): words, then the context at its I places in each class."""
+        if self._places != list(range(self.template.n_ctx)):
+            vectors = ctx.unbind(-2)
+            ctx = torch.stack([vectors[j] for j in self._places], dim=-2)
         if not self.class_specific:
             # A copy for each class: if many tokens read one row, threads would add up its gradient
             # in any order, and a repeated run would not give the same bytes.
             ctx = ctx[:, None].expand(-1, len(self.classnames), -1, -1)
-        fixed = words.embed(prompts.fixed).expand(n_prompts, -1, -1)
-        table = torch.cat([fixed, ctx.flatten(1, 2)], dim=1)
-        packing = prompts.packing
-        if packing is None:
-            rows = table[:, prompts.index].flatten(0, 1)
-            features = words.encode(prompts.ids.repeat(n_prompts, 1), rows)
-            return features.reshape(n_prompts, -1, features.shape[-1])
-        shared = table[:, prompts.index[0, : self._shared]]
-        rest = table[:, prompts.index[packing.classes, packing.places]]
-        return prefix.encode(words.text, shared, rest, packing)
+        fixed = self._words.embed(prompts.fixed).expand(len(ctx), -1, -1)
+        return torch.cat([fixed, ctx.flatten(1, 2)], dim=1)
 
     @torch.no_grad()
     def _checked_embed_dim(self) -> int:
@@ -199,7 +234,7 @@ class PromptEncoder:
         word = words.content(["photo"])[0][0]
         expected = F.normalize(words.encode(self._ids(word)[classes]), dim=-1)
         size = (1, len(self.classnames)) if self.class_specific else (1,)
-        ctx = words.embed(torch.full((*size, self.n_ctx), word))
+        ctx = words.embed(torch.full((*size, self.template.n_ctx), word))
         # Rounding differs with the order of summation; a wrong mask, position or projection turns
         # a feature by far more than this.
         low = max(torch.finfo(expected.dtype).eps, torch.finfo(self._precision).eps) > 1e-6

@@ -27,6 +27,9 @@ from typing_extensions import TypeVar
 
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
+from pfedmoap_flwr.clip.names import NamesEncoder, read_names
+from pfedmoap_flwr.clip.template import Template
+from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
@@ -136,23 +139,25 @@ class Head(nn.Module):
 class PromptHead(Head):
     """CoOp's learner: ctx (M, D), or (C, M, D) class-specific, in front of the frozen text tower.
 
+    Where its vectors stand in a prompt is the setting's template. With prompt.depth those that
+    enter deeper layers follow in the same ctx, so that M is depth times the template's.
+
     logit^(c) = sim(f(x), g(P^(c))) / tau (pFedMoAP, Eq. 3 and 4).
     """
 
     def __init__(self, method: Method[Any, Any]) -> None:
         super().__init__(method)
         prompt, classnames = method.settings.prompt, method.task.classnames
-        words = method.clip.embed(prompt.ctx_init) if prompt.ctx_init else None
-        n_ctx = prompt.n_ctx if words is None else len(words)
-        self.encoder = method.clip.encoder(
-            classnames, n_ctx, prompt.class_token_position, prompt.class_specific
-        )
+        self.template = prompt.layout(method.clip.n_tokens)
+        self.encoder = method.encoder(self.template)
         self.logit_scale = method.clip.logit_scale
         self.seed = method.settings.seed
-        self.ctx_shape = (len(classnames),) * prompt.class_specific + (n_ctx, self.encoder.width)
+        size = (self.encoder.n_ctx, self.encoder.width)
+        self.ctx_shape = (len(classnames),) * prompt.class_specific + size
         self.ctx = self.normal("ctx", *self.ctx_shape)
-        if words is not None:
-            self.ctx.data.copy_(words)
+        for first, words in self.template.starts:
+            start = method.clip.embed(words)
+            self.ctx.data[..., first : first + len(start), :] = start
 
     def normal(self, name: str, *shape: int, std: float = 0.02) -> nn.Parameter:
         """Return a parameter drawn from N(0, std^2), a function of (seed, name)."""
@@ -238,6 +243,12 @@ class Method(Generic[S, H]):
         return {}
 
     # Of a client
+
+    def encoder(self, template: Template) -> PromptEncoder | NamesEncoder:
+        """Return g(.) of the task's classes, by the names that the settings give them."""
+        prompt = self.settings.prompt
+        names = read_names(prompt.names, self.task.classnames)
+        return self.clip.encoder(names, template, prompt.class_specific, prompt.depth)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""

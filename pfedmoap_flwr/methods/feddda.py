@@ -10,6 +10,7 @@ image feature x, not normalised, becomes a mixture of itself and of two adapters
 import torch
 from torch import Tensor, nn
 
+from pfedmoap_flwr.clip.template import parse
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead
 from pfedmoap_flwr.methods.parts.adapters import Bottleneck
@@ -31,10 +32,12 @@ class FedDDAHead(PromptHead):
         n_ctx, width = self.ctx_shape[-2], self.encoder.embed_dim
         if n_ctx < 2:
             raise UsageError(f"setting prompt.n-ctx={n_ctx}: feddda divides it, so it must be >= 2")
-        names = tuple(f"{name} {STYLE}" for name in method.task.classnames)
-        class_specific = method.settings.prompt.class_specific
-        self.encoder = method.clip.encoder(names, n_ctx, "middle", class_specific)
-        halves = self.ctx.detach().split([n_ctx // 2, n_ctx - n_ctx // 2], dim=-2)
+        if method.settings.prompt.template or method.settings.prompt.depth > 1:
+            raise UsageError("prompt.template, prompt.depth: feddda has a template of its own")
+        sizes = [n_ctx // 2, n_ctx - n_ctx // 2]
+        text = f"{{soft:{sizes[0]}}} {{class}} {STYLE} {{soft:{sizes[1]}}}."
+        self.encoder = method.encoder(parse(text, method.clip.n_tokens))
+        halves = self.ctx.detach().split(sizes, dim=-2)
         self.ctx, self.local = (nn.Parameter(half.clone()) for half in halves)
         self.common = Bottleneck(width, torch_generator(self.seed, "common")).to(self.device)
         self.specific = Bottleneck(width, torch_generator(self.seed, "specific")).to(self.device)

@@ -49,7 +49,7 @@ class FedMGPHead(PromptHead):
 
     def __init__(self, method: "FedMGP") -> None:
         super().__init__(method)
-        own, words = method.own, bool(method.settings.prompt.ctx_init)
+        own, words = method.own, bool(self.template.starts)
         std, start = (WORDS_STD if words else 0.02), self.ctx.detach() * words
         drawn = [self.normal(f"group {j}", *self.ctx_shape, std=std) for j in range(1, own.groups)]
         prompts = {"text": torch.stack([self.ctx, *(start + group for group in drawn)])}

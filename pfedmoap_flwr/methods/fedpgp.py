@@ -50,11 +50,13 @@ class FedPGP(Method[FedPGPSettings, FedPGPHead]):
         """Return the sentence of T0, with {} for the class.
 
         "paper": the task's, written by hand. "released": the tokens that CoOp's code puts where the
-        learned context goes, the words of `prompt.ctx-init` or M times "X".
+        learned context goes, the words that it starts from or M times "X".
         """
         if self.settings.compat == "paper":
             return self.task.template
         prompt = self.settings.prompt
+        if prompt.template:
+            return prompt.layout(self.clip.n_tokens).plain("X")
         words = prompt.ctx_init or " ".join(["X"] * prompt.n_ctx)
         return f"{words} {{}}."
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead, Tensors, Work
 from pfedmoap_flwr.settings import Section, setting
 
@@ -40,6 +41,8 @@ class FedPHAHead(PromptHead):
     def __init__(self, method: "FedPHA") -> None:
         super().__init__(method)
         n_ctx = self.ctx_shape[-2]
+        if method.settings.prompt.depth > 1:
+            raise UsageError("setting prompt.depth: fedpha's prompts enter the input alone")
         self.kept = math.ceil(method.own.ratio * min(self.ctx_shape[-2:]))
         self.local = self.normal("local", *self.ctx_shape)
         # Its shape says how long the prompt is, so heads of two lengths are never stacked
@@ -76,9 +79,7 @@ class FedPHA(Method[FedPHASettings, FedPHAHead]):
         generator = self.generator("length", work.client_id, 0)
         length = int(torch.randint(shortest, n_ctx + 1, (), generator=generator))
         head.used = torch.arange(length, device=head.device)
-        head.local_encoder = self.clip.encoder(
-            self.task.classnames, length, prompt.class_token_position, prompt.class_specific
-        )
+        head.local_encoder = self.encoder(prompt.layout(self.clip.n_tokens, length))
 
     def loss(self, head: FedPHAHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the four terms; "released": through V2, the third moves ctx as well."""

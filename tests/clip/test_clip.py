@@ -17,6 +17,7 @@ from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.data.images import load_images
 from pfedmoap_flwr.errors import UsageError
 from support.models import MADE, make, whole
+from support.texts import layout
 from support.tiny import frozen_clip
 
 
@@ -192,17 +193,17 @@ def test_the_tiny_images_are_found_first() -> None:
 
 def test_a_prompt_that_does_not_fit_names_the_class(tiny: FrozenClip) -> None:
     with pytest.raises(UsageError, match=r"clip\.model=tiny.*red panda"):
-        tiny.encoder(("red panda",), 40, "end", False)
+        tiny.encoder((("red panda",),), layout(40), False)
 
 
 def test_bfloat16_is_close_and_gives_float32(tiny: FrozenClip) -> None:
     low = frozen_clip(precision="bfloat16")
-    names = ("red panda", "snow_owl")
+    names = (("red panda",), ("snow_owl",))
     ctx = (0.1 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     target = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     features, gradients = [], []
     for clip in (tiny, low):
-        features.append(clip.encoder(names, 4, "end", False)(ctx))
+        features.append(clip.encoder(names, layout(4), False)(ctx))
         gradients.append(torch.autograd.grad((features[-1] * target).sum(), ctx)[0].flatten())
     assert features[1].dtype == gradients[1].dtype == torch.float32
     assert not torch.equal(features[0], features[1])

@@ -7,6 +7,7 @@ import torch
 
 from pfedmoap_flwr.clip import prefix
 from pfedmoap_flwr.clip.text import PromptEncoder
+from support.texts import layout
 from support.tiny import frozen_clip
 
 NAMES = ("cat", "red panda", "dog")
@@ -15,7 +16,7 @@ NAMES = ("cat", "red panda", "dog")
 @pytest.fixture
 def encoder() -> PromptEncoder:
     clip = frozen_clip()
-    return PromptEncoder(clip.model, clip.tokenizer, NAMES, n_ctx=4)
+    return PromptEncoder(clip.model, clip.tokenizer, NAMES, layout(4))
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_prompt_is_encoded_once_however_many_borrow_it(
 def test_what_is_remembered_does_not_depend_on_the_company(encoder: PromptEncoder) -> None:
     pool = prompts(5)
     clip = frozen_clip()
-    other = PromptEncoder(clip.model, clip.tokenizer, NAMES, n_ctx=4)
+    other = PromptEncoder(clip.model, clip.tokenizer, NAMES, layout(4))
     with torch.no_grad():
         together = encoder(pool)
         apart = torch.stack([other(prompt) for prompt in pool.flip(0)]).flip(0)

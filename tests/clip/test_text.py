@@ -19,6 +19,7 @@ from support.texts import (
     LENGTH,
     NAMES,
     TOWERS,
+    layout,
     model,
     random_ctx,
     reference,
@@ -33,7 +34,7 @@ def test_plain_words_as_context_give_open_clips_features(tower: str) -> None:
     clip: Any = model(tower)
     words = "a blurry photo of a"
     ctx = embed_words(clip, tokenizer(), words)
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=len(ctx))
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(len(ctx)))
     texts = [f"{words} {name.replace('_', ' ')}." for name in NAMES]
     expected = F.normalize(clip.encode_text(tokenizer()(texts)), dim=-1)
     assert encoder.fallback is None
@@ -52,7 +53,7 @@ def test_any_context_gives_the_full_length_features_and_gradients(
 ) -> None:
     clip, n_ctx = model(tower), 5
     encoder = PromptEncoder(
-        clip, tokenizer(), NAMES, n_ctx=n_ctx, position=position, class_specific=class_specific
+        clip, tokenizer(), NAMES, layout(n_ctx, position), class_specific=class_specific
     )
     assert encoder.fallback is None
     ctx = random_ctx(*([len(NAMES)] if class_specific else []), n_ctx)
@@ -89,7 +90,7 @@ def test_a_mistake_would_show() -> None:
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_float64(position: Any) -> None:
     clip = model.__wrapped__("flat").double()
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4, position=position)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(4, position))
     ctx = random_ctx(4, dtype=torch.float64)
     ours = value_and_gradient(encoder, ctx)
     theirs = value_and_gradient(lambda c: reference(clip, c, NAMES, position), ctx)
@@ -102,7 +103,7 @@ def test_float64(position: Any) -> None:
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_many_prompts_at_once_are_each_encoded_alone(tower: str, class_specific: bool) -> None:
     encoder = PromptEncoder(
-        model(tower), tokenizer(), NAMES, n_ctx=3, class_specific=class_specific
+        model(tower), tokenizer(), NAMES, layout(3), class_specific=class_specific
     )
     ctx = random_ctx(2, 3, *([len(NAMES)] if class_specific else []), 3)
     together = encoder(ctx)
@@ -118,7 +119,7 @@ def test_many_prompts_at_once_are_each_encoded_alone(tower: str, class_specific:
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_a_repeat_gives_the_same_bytes(tower: str, position: Any) -> None:
     names = [f"rose {i}" for i in range(60)]
-    encoder = PromptEncoder(model(tower), tokenizer(), names, n_ctx=16, position=position)
+    encoder = PromptEncoder(model(tower), tokenizer(), names, layout(16, position))
     ctx = random_ctx(16)
     torch.set_num_threads(2)  # where several threads add to one gradient, their order shows
     try:
@@ -130,11 +131,11 @@ def test_a_repeat_gives_the_same_bytes(tower: str, position: Any) -> None:
 
 def test_a_class_does_not_depend_on_the_others() -> None:
     clip, ctx = model("flat"), random_ctx(4)
-    features = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)(ctx)
-    backwards = PromptEncoder(clip, tokenizer(), NAMES[::-1], n_ctx=4)(ctx)
+    features = PromptEncoder(clip, tokenizer(), NAMES, layout(4))(ctx)
+    backwards = PromptEncoder(clip, tokenizer(), NAMES[::-1], layout(4))(ctx)
     assert relative(backwards.flip(0), features) < 1e-5
     for c, name in enumerate(NAMES):
-        alone = PromptEncoder(clip, tokenizer(), [name], n_ctx=4)(ctx)
+        alone = PromptEncoder(clip, tokenizer(), [name], layout(4))(ctx)
         assert relative(alone[0], features[c]) < 1e-5
     assert (torch.cdist(features, features) + 9 * torch.eye(len(NAMES)) > 1e-2).all()
 
@@ -145,7 +146,7 @@ def test_the_model_is_left_as_it_was(tower: str) -> None:
     modules = [(name, id(m)) for name, m in clip.named_modules()]
     before = {name: value.clone() for name, value in clip.state_dict().items()}
     ctx = random_ctx(4).requires_grad_()
-    PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)(ctx).sum().backward()
+    PromptEncoder(clip, tokenizer(), NAMES, layout(4))(ctx).sum().backward()
     assert modules == [(name, id(m)) for name, m in clip.named_modules()]
     assert not any(m._forward_hooks for m in clip.modules())
     after = clip.state_dict()
@@ -156,32 +157,30 @@ def test_the_model_is_left_as_it_was(tower: str) -> None:
 @pytest.mark.parametrize("tower", ["flat", "both-ways"])
 def test_a_name_too_long_for_the_tower(tower: str) -> None:
     fits = " ".join(["rose"] * (LENGTH - 3 - 4))
-    encoder = PromptEncoder(model(tower), tokenizer(), ["cat", fits], n_ctx=4)
+    encoder = PromptEncoder(model(tower), tokenizer(), ["cat", fits], layout(4))
     assert encoder(random_ctx(4)).isfinite().all()
     with pytest.raises(
         ValueError, match=r"rose rose.* takes 33 tokens .* reads 32: 1 too many; shorten"
     ):
-        PromptEncoder(model(tower), tokenizer(), ["cat", f"{fits} rose"], n_ctx=4)
+        PromptEncoder(model(tower), tokenizer(), ["cat", f"{fits} rose"], layout(4))
     with pytest.raises(ValueError, match=r"cat.* takes 34 tokens"):
-        PromptEncoder(model(tower), tokenizer(), ["cat"], n_ctx=30)
+        PromptEncoder(model(tower), tokenizer(), ["cat"], layout(30))
 
 
 def test_impossible_settings() -> None:
     clip = model("flat")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"n_ctx": 0}, "n_ctx is 0"),
-        ({"position": "back"}, 'position is "back"'),
         ({"classnames": []}, "at least one name"),
         ({"classnames": ["cat", " "]}, "none empty"),
     ]
     for wrong, match in cases:
         with pytest.raises(ValueError, match=match):
-            PromptEncoder(clip, tokenizer(), **{"classnames": NAMES, "n_ctx": 4, **wrong})
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)
+            PromptEncoder(clip, tokenizer(), **{"template": layout(4), **wrong})
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(4))
     for shape in [(5,), (), (4, 4, 3)]:
         with pytest.raises(ValueError, match=r"last dimensions must be \(4, 64\)"):
             encoder(random_ctx(*shape))
-    specific = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4, class_specific=True)
+    specific = PromptEncoder(clip, tokenizer(), NAMES, layout(4), class_specific=True)
     with pytest.raises(ValueError, match=r"must be \(7, 4, 64\)"):
         specific(random_ctx(4))
 
@@ -200,7 +199,7 @@ def test_names_of_any_length(
     words = ["rose", "tree", "red", "old", "tall", "wild", "blue", "far", "low", "dry", "big"]
     names = tuple(" ".join(words[:n]) for n in lengths)
     encoder = PromptEncoder(
-        clip, tokenizer(), names, n_ctx=n_ctx, position=position, class_specific=class_specific
+        clip, tokenizer(), names, layout(n_ctx, position), class_specific=class_specific
     )
     ctx = random_ctx(*([len(names)] if class_specific else []), n_ctx)
     assert relative(encoder(ctx), reference(clip, ctx, names, position)) < 1e-5
@@ -232,7 +231,7 @@ def test_packing_places_every_token_once(ends: list[int], width: int) -> None:
 
 def test_shared_tokens_are_computed_once() -> None:
     clip: Any = model("flat")
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=12)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(12))
     seen: list[int] = []
     handles = [
         block.mlp.register_forward_hook(
@@ -250,7 +249,7 @@ def test_shared_tokens_are_computed_once() -> None:
 
 def test_under_vmap_and_functional_grad() -> None:
     clip = model("flat")
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(4))
     ctx = random_ctx(3, 4)
     assert relative(torch.func.vmap(encoder)(ctx), encoder(ctx)) < 1e-5
     gradients = torch.func.vmap(torch.func.grad(lambda c: encoder(c)[:, 0].sum()))(ctx)
@@ -264,12 +263,12 @@ def test_under_vmap_and_functional_grad() -> None:
 def test_half_precision_on_the_cpu() -> None:
     clip, ctx = model("flat"), random_ctx(4)
     expected = reference(clip, ctx)
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = value_and_gradient(encoder, ctx)[0], reference(clip, ctx)
     assert relative(ours, expected) < 2 * relative(theirs, expected) + 1e-3
     half = model.__wrapped__("flat").bfloat16()
-    ours, gradient = value_and_gradient(PromptEncoder(half, tokenizer(), NAMES, n_ctx=4), ctx)
+    ours, gradient = value_and_gradient(PromptEncoder(half, tokenizer(), NAMES, layout(4)), ctx)
     assert (ours.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
     theirs = reference(half, ctx.bfloat16())
     assert relative(ours.float(), expected) < 2 * relative(theirs.float(), expected) + 1e-3
@@ -281,9 +280,9 @@ def test_half_precision_on_the_cpu() -> None:
 def test_on_cuda_against_float64(tower: str, dtype: torch.dtype) -> None:
     clip = model.__wrapped__(tower)
     ctx = random_ctx(2, 4)
-    exact = PromptEncoder(clip.double(), tokenizer(), NAMES, n_ctx=4)
+    exact = PromptEncoder(clip.double(), tokenizer(), NAMES, layout(4))
     expected = value_and_gradient(exact, ctx.double())
-    encoder = PromptEncoder(clip.to("cuda", dtype), tokenizer(), NAMES, n_ctx=4)
+    encoder = PromptEncoder(clip.to("cuda", dtype), tokenizer(), NAMES, layout(4))
     ours = value_and_gradient(encoder, ctx.cuda())
     again = value_and_gradient(encoder, ctx.cuda())
     limit = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
@@ -310,7 +309,7 @@ def test_a_real_tower() -> None:
     clip = open_clip.create_model("RN50-quickgelu", pretrained=None).eval().requires_grad_(False)
     tokens = open_clip.get_tokenizer("RN50-quickgelu")
     names = ("cat", "annual_crop_land")
-    encoder = PromptEncoder(clip, tokens, names, n_ctx=16)
+    encoder = PromptEncoder(clip, tokens, names, layout(16))
     assert encoder.fallback is None
     assert (encoder.width, encoder.embed_dim) == (512, 1024)
     ctx = 0.02 * torch.randn(16, 512, generator=torch.Generator().manual_seed(0))

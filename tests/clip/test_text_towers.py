@@ -15,6 +15,7 @@ from support.texts import (
     NAMES,
     OTHER_TOWERS,
     hooked_reference,
+    layout,
     model,
     random_ctx,
     reference,
@@ -28,7 +29,7 @@ from support.texts import (
 @pytest.mark.parametrize("tower", OTHER_TOWERS)
 def test_other_towers_pass_through_their_own_forward(tower: str, position: Any) -> None:
     clip = model(tower)
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=4, position=position)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(4, position))
     assert encoder.fallback is not None
     ctx = random_ctx(4)
     ours = value_and_gradient(encoder, ctx)
@@ -52,13 +53,13 @@ def test_another_layout_of_special_tokens(tower: str) -> None:
     clip = model(tower)
     ctx = embed_words(clip, siglip_tokens, "a photo of a")
     assert len(ctx) == 4
-    encoder = PromptEncoder(clip, siglip_tokens, NAMES, n_ctx=4)
+    encoder = PromptEncoder(clip, siglip_tokens, NAMES, layout(4))
     texts = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
     assert relative(encoder(ctx), encode_text(clip, siglip_tokens, texts)) < 1e-5
     long = " ".join(["rose"] * (LENGTH - 5))
-    PromptEncoder(clip, siglip_tokens, [long], n_ctx=4)
+    PromptEncoder(clip, siglip_tokens, [long], layout(4))
     with pytest.raises(ValueError, match="too many"):
-        PromptEncoder(clip, siglip_tokens, [f"{long} rose"], n_ctx=4)
+        PromptEncoder(clip, siglip_tokens, [f"{long} rose"], layout(4))
 
 
 class Transformers(nn.Module):
@@ -98,7 +99,7 @@ class OtherModel(nn.Module):
 
 def test_a_tower_of_another_library() -> None:
     clip = OtherModel(OtherTower())
-    encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=3)
+    encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(3))
     assert "not built from open_clip's own" in str(encoder.fallback)
     ctx = encoder.embed("photo of a")
     texts = [f"photo of a {name.replace('_', ' ')}." for name in NAMES]
@@ -107,17 +108,17 @@ def test_a_tower_of_another_library() -> None:
 
 def test_a_tower_that_cannot_be_given_embeddings_is_named() -> None:
     with pytest.raises(ValueError, match="OtherTower: given the embeddings of words"):
-        PromptEncoder(OtherModel(OtherTower(deaf=True)), tokenizer(), NAMES, n_ctx=3)
+        PromptEncoder(OtherModel(OtherTower(deaf=True)), tokenizer(), NAMES, layout(3))
     tower = OtherTower()
     tower.transformer = nn.Identity()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="OtherTower: it has no table of token embeddings"):
-        PromptEncoder(OtherModel(tower), tokenizer(), NAMES, n_ctx=3)
+        PromptEncoder(OtherModel(tower), tokenizer(), NAMES, layout(3))
 
 
 def test_a_tower_that_only_looks_causal_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clip, ctx, encode = model("flat"), random_ctx(3), prefix.encode
     monkeypatch.setattr(prefix, "encode", lambda text, *a: encode(text, *a).roll(1, dims=-1))
     with pytest.warns(UserWarning, match="features differ"):
-        encoder = PromptEncoder(clip, tokenizer(), NAMES, n_ctx=3)
+        encoder = PromptEncoder(clip, tokenizer(), NAMES, layout(3))
     assert encoder.fallback is not None
     assert relative(encoder(ctx), reference(clip, ctx)) < 1e-5

@@ -13,6 +13,7 @@ from pfedmoap_flwr.methods.fedpha import align, project
 from pfedmoap_flwr.training import local, stacked
 from support.federation import Exchange, Federate, make_method, make_work
 from support.oracle import numbers, oracle
+from support.texts import layout
 from support.tiny import NUM_CLIENTS
 
 VECTOR = oracle("fedpha_loss")
@@ -64,7 +65,7 @@ def test_16_the_loss_and_its_gradients_are_those_of_the_public_code(case: dict[s
 def encoder_of(method: Any, n_ctx: int) -> PromptEncoder:
     """g(.) for prompts of this many tokens, made for the purpose."""
     clip = method.clip
-    return PromptEncoder(clip.model, clip.tokenizer, method.task.classnames, n_ctx=n_ctx)
+    return PromptEncoder(clip.model, clip.tokenizer, method.task.classnames, layout(n_ctx))
 
 
 @pytest.mark.parametrize("compat", ["paper", "released"])

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pfedmoap_flwr.clip.settings import Position
+from pfedmoap_flwr.clip.template import Template, coop
+
 LENGTH = 32
 NAMES = (
     "cat",
@@ -84,6 +87,11 @@ def model(tower: str) -> nn.Module:
     return made.eval().requires_grad_(False)
 
 
+def layout(n_ctx: int, position: Position = "end") -> Template:
+    """CoOp's template."""
+    return coop(n_ctx, "", position, len)
+
+
 @functools.cache
 def tokenizer() -> Any:
     return open_clip.SimpleTokenizer(context_length=LENGTH)
@@ -127,8 +135,12 @@ def reference(
     tokens: Any = None,
 ) -> Tensor:
     """CoOp's TextEncoder: every class at full length, every module open_clip's own."""
+    return full_length(clip, *coop_prompts(clip, ctx, names, position, tokens))
+
+
+def full_length(clip: nn.Module, ids: Tensor, x: Tensor) -> Tensor:
+    """Features (C, d) of embeddings (C, L, D) in the places of ids (C, L)."""
     text: Any = getattr(clip, "text", clip)
-    ids, x = coop_prompts(clip, ctx, names, position, tokens)
     x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
     x = text.ln_final(x)[torch.arange(len(ids)), ids.argmax(dim=-1)]
     if isinstance(text.text_projection, nn.Linear):
