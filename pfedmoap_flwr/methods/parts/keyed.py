@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead
 from pfedmoap_flwr.methods.parts.keys import Keys
 from pfedmoap_flwr.randomness import torch_generator
@@ -30,10 +31,11 @@ class KeyedHead(PromptHead):
 
     def place(self, method: Method[Any, Any]) -> None:
         """Make what reads a shared prompt and a group's together: the text tower."""
-        prompt, n_ctx = method.settings.prompt, self.ctx_shape[-2] + method.own.tokens
-        self.longer = method.clip.encoder(
-            method.task.classnames, n_ctx, prompt.class_token_position, prompt.class_specific
-        )
+        prompt = method.settings.prompt
+        if prompt.template or prompt.depth > 1:
+            raise UsageError("prompt.template, prompt.depth: sgpt lays out its two prompts itself")
+        n_ctx = self.ctx_shape[-2] + method.own.tokens
+        self.longer = method.encoder(prompt.layout(method.clip.n_tokens, n_ctx))
 
     def encode(self) -> Tensor:
         """Return text features (G, C, d) of the shared prompt, held still, with each group's."""
