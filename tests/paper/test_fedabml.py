@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
+from pfedmoap_flwr.clip.template import parse
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import ServerState, Split, Tensors, Upload
 from pfedmoap_flwr.training import local
@@ -36,7 +37,7 @@ def test_the_loss_is_cross_entropy_at_one_draw_and_the_divergence(kl: str) -> No
     method = make_method("fedabml", **{"fedabml.zeta": 0.3, "fedabml.kl": kl})
     head, received = shifted(method)
     drawn = head.ctx + (head.log_var / 2).exp() * head.eps
-    text = method.clip.encoder(method.task.classnames, 4, "end", False)(drawn)
+    text = method.encoder(parse("{soft:4} {class}.", len))(drawn)
     logits = method.clip.logit_scale * F.normalize(IMAGES.features, dim=-1) @ text.t()
     task = F.cross_entropy(logits, IMAGES.labels)
     q, p = (

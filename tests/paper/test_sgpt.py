@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.features import Reading
+from pfedmoap_flwr.clip.template import parse
 from pfedmoap_flwr.methods.base import ServerState, Split, Upload
 from pfedmoap_flwr.methods.parts.keys import Keys
 from pfedmoap_flwr.runs import checkpoint
@@ -123,7 +124,7 @@ def test_the_loss_is_the_sum_of_both_stages_losses() -> None:
     head.load({SHARE: torch.tensor([0.5, 0.3, 0.2])})
     head.choice.keys.data[0] = near_key(IMAGES.features[3])
     x, labels = F.normalize(IMAGES.features[:5], dim=-1), IMAGES.labels[:5]
-    longer = method.clip.encoder(method.task.classnames, 6, "end", False)
+    longer = method.encoder(parse("{soft:6} {class}.", len))
     groups = chosen_by_hand(method, head, IMAGES.features[:5])
     assert len(set(groups)) > 1
     alone = F.cross_entropy(head.logit_scale * x @ head.encoder(head.ctx).t(), labels)
@@ -146,7 +147,7 @@ def test_a_test_image_is_classified_with_its_nearest_group() -> None:
     method = make_method("sgpt", **{"sgpt.groups": 3})
     head = method.build()
     head.load({SHARE: torch.tensor([1.0, 0.0, 0.0])})
-    longer = method.clip.encoder(method.task.classnames, 6, "end", False)
+    longer = method.encoder(parse("{soft:6} {class}.", len))
     queries = F.normalize(IMAGES.features.relu(), dim=-1)
     groups = (queries @ F.normalize(head.choice.keys, dim=-1).t()).argmax(-1).tolist()
     assert len(set(groups)) > 1
