@@ -9,7 +9,6 @@ Every image is in one step of an epoch, and changes what that step takes by a cl
 So k epochs of a client are k Gaussian mechanisms, from which its epsilon follows.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from pfedmoap_flwr.methods.base import Method, PromptHead, ServerState, Tensors, Upload, Work
-from pfedmoap_flwr.methods.parts.privacy import gaussian
-from pfedmoap_flwr.methods.parts.private_steps import PrivateSteps
+from pfedmoap_flwr.methods.parts.privacy import gaussian, noised
+from pfedmoap_flwr.methods.parts.private_steps import PrivateSteps, released_noise
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section, setting
 
@@ -67,8 +66,8 @@ class DPFPL(Method[DPFPLSettings, DPFPLHead]):
     def private(self) -> PrivateSteps:
         """Return how steps are clipped and noised; "released": sqrt(T ln(1/delta)) / epsilon."""
         own, released = self.own, self.settings.compat == "released"
-        exponent = self.settings.num_server_rounds * math.log(1 / own.delta)
-        noise = math.sqrt(exponent) / own.epsilon if released else own.noise
+        rounds = self.settings.num_server_rounds
+        noise = released_noise(rounds, own.delta, own.epsilon) if released else own.noise
         return PrivateSteps(own.clip_norm, noise, self.settings.batch_size, released)
 
     def prepare(self, work: Work[DPFPLHead]) -> None:
@@ -88,14 +87,8 @@ class DPFPL(Method[DPFPLSettings, DPFPLHead]):
     def optimizer(self, work: Work[DPFPLHead], groups: list[dict[str, Any]]) -> Optimizer:
         """Return the default, which before each step adds noise and counts the step."""
         optimizer, head = super().optimizer(work, groups), work.head
-        generator = self.generator("noise", work.client_id, work.round)
-
-        def add_noise(*_: Any) -> None:
-            self.private().add_noise(head.ctx, head.local, head.start, generator)
-            head.steps = head.steps + 1
-
-        optimizer.register_step_pre_hook(add_noise)
-        return optimizer
+        draws = self.generator("noise", work.client_id, work.round)
+        return self.private().watch(optimizer, head.ctx, head.local, head.start, head.steps, draws)
 
     def metrics(self, work: Work[DPFPLHead]) -> dict[str, float]:
         """Return the client's epsilon so far; none without noise, or with the released one."""
@@ -109,5 +102,4 @@ class DPFPL(Method[DPFPLSettings, DPFPLHead]):
         if self.private().released:
             generator = torch_generator(self.settings.seed, "server's noise", state.round)
             std = self.lr("ctx", 0, self.settings.local_epochs) * self.private().std / len(uploads)
-            noise = gaussian(state.shared["ctx"], std, generator)
-            state.shared["ctx"] = state.shared["ctx"] + noise
+            state.shared["ctx"] = noised(state.shared["ctx"], std, generator)

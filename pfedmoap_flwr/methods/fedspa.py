@@ -9,7 +9,6 @@ from zero-shot CLIP's. Every K_i starts from the mean image feature of each clas
 """
 
 from collections.abc import Mapping, Sequence
-from math import cos, pi
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Tensors, Upload, Work
-from pfedmoap_flwr.methods.parts.alignment import align
-from pfedmoap_flwr.methods.parts.moments import class_means, class_sums, pooled_means
+from pfedmoap_flwr.methods.parts.alignment import affinity, align, cosine
+from pfedmoap_flwr.methods.parts.moments import counted_means, pooled_means
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -52,8 +51,8 @@ class FedSPAHead(Head):
     def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (B, C) of image features (B, d)."""
         x = F.normalize(image_features, dim=-1)
-        near = torch.exp(-self.beta * (1 - x @ self.prototypes.t()))
-        return self.logit_scale * (x @ encoded.t()) + self.alpha * near
+        visual = self.alpha * affinity(x, self.prototypes, self.beta)
+        return self.logit_scale * (x @ encoded.t()) + visual
 
 
 class FedSPA(Method[FedSPASettings, FedSPAHead]):
@@ -68,7 +67,7 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return a rate that falls in a cosine over the local epochs."""
-        return self.own.lr * (1 + cos(pi * epoch / epochs)) / 2
+        return cosine(self.own.lr, epoch, epochs)
 
     def optimizer(self, work: Work[Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return AdamW, fresh in every round."""
@@ -76,11 +75,9 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
 
     def upload(self, work: Work[FedSPAHead]) -> dict[str, Tensor]:
         """Return the counts and K, which is the client's class means in round 1."""
-        images, n_classes = work.images, len(self.task.classnames)
-        counts, sums = class_sums(F.normalize(images.features, dim=-1), images.labels, n_classes)
-        means = {"prototypes": class_means(counts, sums).float().cpu()}
-        sent = means if work.round == 1 else self.shared(work.head)
-        return sent | {"counts": counts.float().cpu()}
+        x, labels = F.normalize(work.images.features, dim=-1), work.images.labels
+        sent = counted_means(x, labels, len(self.task.classnames))
+        return sent if work.round == 1 else sent | self.shared(work.head)
 
     def expected(self, state: ServerState, sent: Tensors) -> dict[str, Tensor]:
         """Return the counts and K, which goes up whether or not it came down."""
@@ -94,15 +91,12 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
         """Pool the class means of round 1; later keep every K and train T on them."""
         if state.round == 0:
-            both = ("counts", "prototypes")
-            counts, means = ([u.tensors[name] for u in uploads.values()] for name in both)
-            state.shared["prototypes"] = pooled_means(counts, means).float()
+            state.shared["prototypes"] = pooled_means([u.tensors for u in uploads.values()]).float()
             return
         state.pool |= {i: {"prototypes": u.tensors["prototypes"]} for i, u in uploads.items()}
         prototypes = [state.pool[i]["prototypes"] for i in sorted(state.pool)]
         draws = [self.generator("align", i, state.round + 1) for i in sorted(state.pool)]
         own, anchors = self.own, self.build().text_features.cpu()
         before = state.extra.get("text_features", anchors)
-        state.extra["text_features"] = align(
-            before, anchors, prototypes, draws, own.server_epochs, own.lr, own.pull
-        )
+        after = align(before, anchors, prototypes, draws, own.server_epochs, own.lr, own.pull)
+        state.extra["text_features"] = after

@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Upload, Work
-from pfedmoap_flwr.methods.parts.gaussian import add_once, fit_posterior
+from pfedmoap_flwr.methods.parts.fusion import surer
+from pfedmoap_flwr.methods.parts.gaussian import STATISTICS, add_once, fit_posterior, powered
 from pfedmoap_flwr.methods.parts.moments import statistics
 from pfedmoap_flwr.methods.parts.sentences import SENTENCES, mixed_texts, sentence_scores, texts_of
 from pfedmoap_flwr.settings import Section, setting
-
-STATISTICS = ("counts", "sums", "moments")
 
 
 class TOFASettings(Section):
@@ -60,9 +59,7 @@ class TOFAHead(Head):
         """Return logits (B, C) of image features (B, d)."""
         x = F.normalize(image_features, dim=-1)
         visual, text = x @ self.weight.t() + self.bias, self.logit_scale * (x @ encoded.t())
-        sure, other = (f.softmax(-1).amax(-1, keepdim=True) for f in (visual, text))
-        eta = sure / (sure + other)
-        return eta * visual + (1 - eta) * text
+        return surer(visual, text)
 
 
 class TOFA(Method[TOFASettings, TOFAHead]):
@@ -96,8 +93,7 @@ class TOFA(Method[TOFASettings, TOFAHead]):
         """Fit the client's own: its statistics, and those of all to the power alpha."""
         came = work.received
         if "counts" in came:
-            own, alpha = self.upload(work), self.own.alpha
-            mixed = {name: own[name] + alpha * came[name].cpu() for name in STATISTICS}
+            mixed = powered(self.upload(work), came, self.own.alpha)
             work.head.load({**came, **fit_posterior(mixed, self.own.prior)})
 
     def send(self, state: ServerState, client_ids: Sequence[int], *, train: bool) -> Deliveries:

@@ -44,7 +44,8 @@ def test_16_the_start_is_the_pooled_class_means_whichever_client_has_what() -> N
         n, sums = class_sums(images, labels, 3)
         counts.append(n)
         means.append(class_means(n, sums))
-    pooled = pooled_means(counts, means)
+    sent = zip(counts, means, strict=True)
+    pooled = pooled_means([{"counts": n, "prototypes": mean} for n, mean in sent])
     torch.testing.assert_close(pooled, numbers(VECTOR["initial_prototypes"]), **CLOSE)
 
 

@@ -19,6 +19,7 @@ from pfedmoap_flwr.methods.parts.moments import class_means
 
 RIDGE = 1e-6
 SMALLEST_SHARE = 1e-12
+STATISTICS = ("counts", "sums", "moments")
 
 
 def add_once(state: ServerState, uploads: Mapping[int, Upload]) -> None:
@@ -99,13 +100,20 @@ def fit(
     return (fit_lda if kind == "lda" else fit_qda)(counts, means, moments, share)
 
 
+def powered(
+    own: Mapping[str, Tensor], others: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Return the statistics of L(own) L(others)^alpha, which are own + alpha others."""
+    return {name: own[name] + alpha * others[name].cpu() for name in STATISTICS}
+
+
 def fit_posterior(statistics: Mapping[str, Tensor], prior: float) -> dict[str, Tensor]:
     """Return lda's classifier with a spherical prior on the covariance, as of nu = prior d images.
 
     S = (scatter + nu tau I) / (N + nu), tau the mean variance. `statistics`: counts, sums, moments;
     counts may be fractions. The result is float32.
     """
-    counts, sums, moment = (statistics[name].double() for name in ("counts", "sums", "moments"))
+    counts, sums, moment = (statistics[name].double() for name in STATISTICS)
     means, n, nu = class_means(counts, sums), counts.sum(), prior * sums.shape[1]
     covariance = shrunk(scatter(counts, means, moment) / n, float(nu / (n + nu)))
     return {name: t.float() for name, t in linear(counts, means, covariance).items()}

@@ -1,6 +1,6 @@
 """Sums over a client's images from which class means and covariances follow, whoever adds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,18 @@ def class_means(counts: Tensor, sums: Tensor) -> Tensor:
     return sums / torch.where(counts > 0, counts, 1)[:, None]
 
 
-def pooled_means(counts: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
-    """Return the class means (C, d) over all clients, of each one's N_c (C,) and mu_c (C, d)."""
-    sums = [n.double()[:, None] * mean for n, mean in zip(counts, means, strict=True)]
-    return class_means(torch.stack(list(counts)).double().sum(0), torch.stack(sums).sum(0))
+def counted_means(features: Tensor, labels: Tensor, n_classes: int) -> dict[str, Tensor]:
+    """Return `prototypes` mu_c (C, d) and `counts` N_c (C,) of images, float32 on the CPU."""
+    counts, sums = class_sums(features, labels, n_classes)
+    sent = {"prototypes": class_means(counts, sums), "counts": counts}
+    return {name: tensor.float().cpu() for name, tensor in sent.items()}
+
+
+def pooled_means(sent: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return the class means (C, d) over all clients, of the `counted_means` that each one sent."""
+    counts = [each["counts"].double() for each in sent]
+    sums = [n[:, None] * each["prototypes"] for n, each in zip(counts, sent, strict=True)]
+    return class_means(torch.stack(counts).sum(0), torch.stack(sums).sum(0))
 
 
 def statistics(features: Tensor, labels: Tensor, n_classes: int, of: str) -> dict[str, Tensor]:

@@ -65,6 +65,11 @@ def gaussian(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
     return (std * torch.randn(like.shape, generator=generator)).to(like)
 
 
+def noised(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Return a tensor plus N(0, std^2) in every entry."""
+    return tensor + gaussian(tensor, std, generator)
+
+
 def delta_of(mu: float, epsilon: float) -> float:
     """Return the smallest delta with which a Gaussian mechanism is (epsilon, delta)-private."""
     near, far = (

@@ -18,6 +18,7 @@ Shapes: B batch, M context tokens, D text width; a leading C where contexts are 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ from pfedmoap_flwr.methods.parts.factors import factorise, whole_gradient
 from pfedmoap_flwr.methods.parts.privacy import by_image, clipped, epsilon_of, gaussian
 
 LossesOf = Callable[[Tensor], Tensor]
+
+
+def released_noise(rounds: int, delta: float, epsilon: float) -> float:
+    """Return the released code's noise for T rounds: sqrt(T ln(1 / delta)) / epsilon."""
+    return math.sqrt(rounds * math.log(1 / delta)) / epsilon
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,24 @@ class PrivateSteps:
         carried = ((ctx - ctx.detach()) * of_ctx).sum()
         carried = carried + ((local - local.detach()) * of_local).sum()
         return losses.detach().sum() / images + carried
+
+    def watch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        ctx: Tensor,
+        local: Tensor,
+        start: Tensor,
+        steps: Tensor,
+        generator: torch.Generator,
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer, which adds noise before every step and counts it in `steps` ()."""
+
+        def before_step(*_: Any) -> None:
+            self.add_noise(ctx, local, start, generator)
+            steps.add_(1)
+
+        optimizer.register_step_pre_hook(before_step)
+        return optimizer
 
     @torch.no_grad()
     def add_noise(
