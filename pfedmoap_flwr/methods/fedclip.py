@@ -12,7 +12,7 @@ The loss is CLIP's own, within a batch: with S_ij = logit_scale cos(x'_i, text o
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Head, Method, ServerState, Tensors, Upload, Work, average
 from pfedmoap_flwr.methods.parts.adapters import AttentionAdapter
+from pfedmoap_flwr.methods.parts.contrast import SameClass, in_batch
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section, setting
 
@@ -29,7 +30,7 @@ class FedCLIPSettings(Section):
 
     adapter_lr: float = setting(5e-5, "learning rate of the adapter (Adam)", above=0)
     decay: float = setting(0.2, "Adam's pull of the adapter towards 0", low=0)
-    same_class: Literal["negative", "ignored"] = setting(
+    same_class: SameClass = setting(
         "negative", "what two images of one class in a batch are to each other"
     )
 
@@ -63,16 +64,9 @@ class FedCLIP(Method[FedCLIPSettings, FedCLIPHead]):
     def loss(
         self, head: FedCLIPHead, features: Tensor, labels: Tensor, received: Tensors
     ) -> Tensor:
-        """Return the contrastive loss of a batch; rows without a label are nobody's negatives."""
-        missing = labels < 0
+        """Return the contrastive loss of a batch."""
         pairs = head(features)[:, labels.clamp(min=0)]
-        own = torch.arange(len(labels), device=labels.device)
-        hidden = missing.expand(len(labels), -1)
-        if self.own.same_class == "ignored":
-            hidden = hidden | (labels == labels[:, None]) & (own != own[:, None])
-        targets = own.masked_fill(missing, -100)
-        both = [p.masked_fill(hidden, -torch.inf) for p in (pairs, pairs.t())]
-        return (F.cross_entropy(both[0], targets) + F.cross_entropy(both[1], targets)) / 2
+        return in_batch(pairs, labels, self.own.same_class)
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the adapter's constant rate."""

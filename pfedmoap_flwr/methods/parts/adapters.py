@@ -1,7 +1,8 @@
-"""Small networks behind the image tower; they take its features as they are, not normalised."""
+"""What is learned behind the towers; image features are as the tower gives them, not normalised."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.parts.gate import linear
 
@@ -34,3 +35,22 @@ class Bottleneck(nn.Module):
     def forward(self, image_features: Tensor) -> Tensor:
         """Return A(x) (..., d), nowhere negative, of image features (..., d)."""
         return self.up(self.down(image_features).relu()).relu()
+
+
+class TextResidual(nn.Module):
+    """Fed-MP's residual R of text features (Zeng et al., NAACL 2024, arXiv 2404.01232).
+
+    t'_c = unit(t_c + alpha R_c) with a row for each class, R starting from U(-start, start).
+    """
+
+    def __init__(
+        self, like: Tensor, alpha: float, start: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        rows = torch.empty(like.shape).uniform_(-start, start, generator=generator)
+        self.rows = nn.Parameter(rows)
+
+    def forward(self, text_features: Tensor) -> Tensor:
+        """Return t' (C, d), unit-norm, of text features (C, d)."""
+        return F.normalize(text_features + self.alpha * self.rows, dim=-1)
