@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
 from torch import Tensor
 
+from pfedmoap_flwr.clip.blocks import first_blocks
 from pfedmoap_flwr.clip.settings import ClipSettings, Position
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.clip.tower import ImageTower
@@ -83,12 +84,17 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, classnames: tuple[str, ...], n_ctx: int, position: Position, class_specific: bool
+        self,
+        classnames: tuple[str, ...],
+        n_ctx: int,
+        position: Position,
+        class_specific: bool,
+        blocks: int | None = None,
     ) -> PromptEncoder:
-        """Return g(.) for these classes, made once."""
+        """Return g(.) for these classes, made once; by the tower's first `blocks` if given."""
         try:
             return PromptEncoder(
-                self.model,
+                self.model if blocks is None else first_blocks(self.model, blocks),
                 self.tokenizer,
                 classnames,
                 n_ctx=n_ctx,
