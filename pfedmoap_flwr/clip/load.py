@@ -14,6 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
 from torch import Tensor
 
+from pfedmoap_flwr.clip.blocks import first_blocks
 from pfedmoap_flwr.clip.names import Names, NamesEncoder
 from pfedmoap_flwr.clip.settings import ClipSettings
 from pfedmoap_flwr.clip.template import Template
@@ -85,12 +86,17 @@ class FrozenClip:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a FrozenClip lives as long as its process
     def encoder(
-        self, names: Names, template: Template, class_specific: bool, depth: int = 1
+        self,
+        names: Names,
+        template: Template,
+        class_specific: bool,
+        depth: int = 1,
+        blocks: int | None = None,
     ) -> PromptEncoder | NamesEncoder:
-        """Return g(.) for classes with these names, made once."""
+        """Return g(.) for classes with these names, made once; by the first `blocks` if given."""
         try:
             encoder = PromptEncoder(
-                self.model,
+                self.model if blocks is None else first_blocks(self.model, blocks),
                 self.tokenizer,
                 [name for own in names for name in own],
                 template,

@@ -244,11 +244,16 @@ class Method(Generic[S, H]):
 
     # Of a client
 
-    def encoder(self, template: Template) -> PromptEncoder | NamesEncoder:
-        """Return g(.) of the task's classes, by the names that the settings give them."""
+    def encoder(
+        self, template: Template, blocks: int | None = None
+    ) -> PromptEncoder | NamesEncoder:
+        """Return g(.) of the task's classes, by the names that the settings give them.
+
+        blocks: of the text tower its first ones alone.
+        """
         prompt = self.settings.prompt
         names = read_names(prompt.names, self.task.classnames)
-        return self.clip.encoder(names, template, prompt.class_specific, prompt.depth)
+        return self.clip.encoder(names, template, prompt.class_specific, prompt.depth, blocks)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""
