@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 from typing_extensions import TypeVar
 
 from pfedmoap_flwr.clip.features import Reading
@@ -285,7 +286,7 @@ class Method(Generic[S, H]):
             return 1e-5
         return self.settings.lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
-    def optimizer(self, work: Work[H], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[H], groups: ParamsT) -> torch.optim.Optimizer:
         """Return what moves one head in one phase; groups are {"name": str, "params": [tensor]}.
 
         "paper": plain SGD. "released": that code's momentum and weight decay.

@@ -10,11 +10,10 @@ have the mean probability over the draws:
 "paper": KL is the sum over the D entries; "released": their mean.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, Tensors, Work
 from pfedmoap_flwr.methods.parts import variational
@@ -42,6 +41,7 @@ class BayesPromptHead(PromptHead):
     def __init__(self, method: "BayesPrompt") -> None:
         super().__init__(method)
         self.own = own = method.own
+        self.num_classes = len(method.task.classnames)
         sizes = self.encoder.width, self.encoder.embed_dim
         start = torch_generator(self.seed, "distribution")
         self.bias = variational.Distribution(*sizes, start, own.conditional, own.log_var)
@@ -65,7 +65,7 @@ class BayesPromptHead(PromptHead):
         if not self.own.conditional:
             return self.mixed(x, encoded)
         # The prompts of all images at once would fill the memory
-        most = self.own.prompts // (self.own.samples * len(self.encoder.classnames))
+        most = self.own.prompts // (self.own.samples * self.num_classes)
         return variational.by_parts(self.of_each, x, max(1, most))
 
     def of_each(self, x: Tensor) -> Tensor:
@@ -89,9 +89,7 @@ class BayesPrompt(Method[BayesPromptSettings, BayesPromptHead]):
         """Return one phase: everything but the draws."""
         return [(epochs, tuple(name for name, _ in head.named_parameters() if name != "eps"))]
 
-    def optimizer(
-        self, work: Work[BayesPromptHead], groups: list[dict[str, Any]]
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[BayesPromptHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return the default, with other draws in every step."""
         generator = self.generator("eps", work.client_id, work.round)
         plain = super().optimizer(work, groups)

@@ -10,11 +10,11 @@ next round: small weights go, entries with a large gradient come.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from pfedmoap_flwr.methods.base import Deliveries, Method, PromptHead, ServerState, Upload, Work
 from pfedmoap_flwr.methods.parts import masks
@@ -63,7 +63,7 @@ class DisPFL(Method[DisPFLSettings, DisPFLHead]):
                 head.mask = masks.drawn(head.ctx_shape, self.own.density, draws).to(head.device)
             head.ctx.data.copy_(masks.start(head.ctx.detach(), came, head.mask))
 
-    def optimizer(self, work: Work[DisPFLHead], groups: list[dict[str, Any]]) -> Optimizer:
+    def optimizer(self, work: Work[DisPFLHead], groups: ParamsT) -> Optimizer:
         """Return SGD that moves what the mask holds."""
         factor = self.own.lr_factor ** (work.round - 1)
         return masks.MaskedSGD(groups, work.head.mask, self.own.clip, self.own.decay, factor)

@@ -10,12 +10,12 @@ So k epochs of a client are k Gaussian mechanisms, from which its epsilon follow
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Method, PromptHead, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.privacy import gaussian, noised
@@ -84,7 +84,7 @@ class DPFPL(Method[DPFPLSettings, DPFPLHead]):
 
         return self.private().loss(losses_of, head.ctx, head.local, head.start, labels)
 
-    def optimizer(self, work: Work[DPFPLHead], groups: list[dict[str, Any]]) -> Optimizer:
+    def optimizer(self, work: Work[DPFPLHead], groups: ParamsT) -> Optimizer:
         """Return the default, which before each step adds noise and counts the step."""
         optimizer, head = super().optimizer(work, groups), work.head
         draws = self.generator("noise", work.client_id, work.round)

@@ -14,10 +14,11 @@ A prediction is the mean probability over S draws.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts import variational
@@ -72,9 +73,7 @@ class FedABML(Method[FedABMLSettings, FedABMLHead]):
         """Return one phase: q."""
         return [(epochs, ("ctx", "log_var"))]
 
-    def optimizer(
-        self, work: Work[FedABMLHead], groups: list[dict[str, Any]]
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[FedABMLHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return the default, with another draw in every step."""
         generator = self.generator("eps", work.client_id, work.round)
         optimizer = super().optimizer(work, groups)

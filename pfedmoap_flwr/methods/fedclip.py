@@ -12,16 +12,14 @@ The loss is CLIP's own, within a batch: with S_ij = logit_scale cos(x'_i, text o
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Tensors, Upload, Work, average
-from pfedmoap_flwr.methods.parts.adapters import AttentionAdapter
+from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work, average
+from pfedmoap_flwr.methods.parts.adapters import AdapterHead, adam
 from pfedmoap_flwr.methods.parts.contrast import SameClass, in_batch
-from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -35,34 +33,14 @@ class FedCLIPSettings(Section):
     )
 
 
-class FedCLIPHead(Head):
-    """The adapter in front of fixed text features (C, d)."""
-
-    def __init__(self, method: "FedCLIP") -> None:
-        super().__init__(method)
-        self.text_features = method.clip.zeroshot(method.task.classnames, method.task.template)
-        self.logit_scale = method.clip.logit_scale
-        generator = torch_generator(method.settings.seed, "adapter")
-        self.adapter = AttentionAdapter(self.text_features.shape[1], generator).to(self.device)
-
-    def encode(self) -> Tensor:
-        """Return the text features (C, d)."""
-        return self.text_features
-
-    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
-        """Return logits (B, C) of image features (B, d)."""
-        adapted = F.normalize(self.adapter(image_features), dim=-1)
-        return self.logit_scale * (adapted @ encoded.t())
-
-
-class FedCLIP(Method[FedCLIPSettings, FedCLIPHead]):
+class FedCLIP(Method[FedCLIPSettings, AdapterHead]):
     """Adam on the adapter; the server takes the plain mean of the adapters."""
 
     section = FedCLIPSettings
-    head = FedCLIPHead
+    head = AdapterHead
 
     def loss(
-        self, head: FedCLIPHead, features: Tensor, labels: Tensor, received: Tensors
+        self, head: AdapterHead, features: Tensor, labels: Tensor, received: Tensors
     ) -> Tensor:
         """Return the contrastive loss of a batch."""
         pairs = head(features)[:, labels.clamp(min=0)]
@@ -72,12 +50,9 @@ class FedCLIP(Method[FedCLIPSettings, FedCLIPHead]):
         """Return the adapter's constant rate."""
         return self.own.adapter_lr
 
-    def optimizer(
-        self, work: Work[FedCLIPHead], groups: list[dict[str, Any]]
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[AdapterHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return the paper's Adam, fresh in every round."""
-        decay = self.own.decay
-        return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
+        return adam(groups, self.own.decay)
 
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
         """Take the plain mean over the participants, whatever their number of images."""

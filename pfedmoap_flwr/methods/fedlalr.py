@@ -7,10 +7,10 @@ A step (Algorithm 1), without bias correction and without a constant in the deno
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload, Work, average
 from pfedmoap_flwr.settings import Section, setting
@@ -41,7 +41,7 @@ class AMSGrad(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], m: Tensor, vhat: Tensor, beta1: float, beta2: float
+        self, groups: ParamsT, m: Tensor, vhat: Tensor, beta1: float, beta2: float
     ) -> None:
         super().__init__(groups, {"lr": 0.0})
         self.m, self.vhat, self.v = m, vhat, vhat.detach().clone()
@@ -67,9 +67,7 @@ class FedLALR(Method[FedLALRSettings, FedLALRHead]):
         """Return one phase: the prompt."""
         return [(epochs, ("ctx",))]
 
-    def optimizer(
-        self, work: Work[FedLALRHead], groups: list[dict[str, Any]]
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[FedLALRHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return AMSGrad over the head's own moments."""
         return AMSGrad(groups, work.head.m, work.head.vhat, self.own.beta1, self.own.beta2)
 

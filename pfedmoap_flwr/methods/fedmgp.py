@@ -18,20 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.features import Reading
-from pfedmoap_flwr.methods.base import (
-    Method,
-    Phase,
-    PromptHead,
-    ServerState,
-    Tensors,
-    Upload,
-    Work,
-    average,
-)
-from pfedmoap_flwr.methods.parts.groups import Groups, likeness
+from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Tensors, Upload, Work
+from pfedmoap_flwr.methods.parts.groups import Groups, likeness, several
 from pfedmoap_flwr.settings import Section, setting
-
-WORDS_STD = 0.01
 
 
 class FedMGPSettings(Section):
@@ -49,16 +38,13 @@ class FedMGPHead(PromptHead):
 
     def __init__(self, method: "FedMGP") -> None:
         super().__init__(method)
-        own, words = method.own, bool(self.template.starts)
-        std, start = (WORDS_STD if words else 0.02), self.ctx.detach() * words
-        drawn = [self.normal(f"group {j}", *self.ctx_shape, std=std) for j in range(1, own.groups)]
-        prompts = {"text": torch.stack([self.ctx, *(start + group for group in drawn)])}
+        prompts = {"text": several(self, method.own.groups, words=bool(self.template.starts))}
         del self.ctx  # the first group took its place
-        if own.visual:
+        if method.own.visual:
             self.tower = method.clip.tower
-            shape = own.groups, own.visual, self.tower.width
-            prompts["visual"] = self.normal("visual groups", *shape)
-        self.groups = Groups(prompts, own.common)
+            sizes = method.own.groups, method.own.visual, self.tower.width
+            prompts["visual"] = self.normal("visual groups", *sizes)
+        self.groups = Groups(prompts, method.own.common)
 
     def encode(self) -> Tensor:
         """Return text features (G, C, d)."""
@@ -66,10 +52,9 @@ class FedMGPHead(PromptHead):
 
     def images(self, image_features: Tensor) -> Tensor:
         """Return unit image features (G, B, d) of pixels (B, 3, H, W); (1, B, d) of features."""
-        own = self.groups.own
-        found = [image_features]
-        if "visual" in own:
-            found = [self.tower.encode(image_features, prompts) for prompts in own["visual"]]
+        if "visual" not in self.groups.own:
+            return F.normalize(image_features, dim=-1)[None]
+        found = [self.tower.encode(image_features, own) for own in self.groups.own["visual"]]
         return F.normalize(torch.stack(found), dim=-1)
 
     def by_group(self, images: Tensor, encoded: Tensor) -> Tensor:
@@ -105,11 +90,8 @@ class FedMGP(Method[FedMGPSettings, FedMGPHead]):
     def loss(self, head: FedMGPHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the groups' mean cross-entropy and the term; "released": with the other sign."""
         text, images = head.encode(), head.images(features)
-        logits = head.by_group(images, text)
-        plain = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
-        term = likeness(text)
-        if self.own.visual:
-            term = (term + likeness(images, labels >= 0)) / 2
+        plain = F.cross_entropy(head.by_group(images, text).flatten(0, 1), labels.repeat(len(text)))
+        term = likeness(text, images, labels >= 0) if self.own.visual else likeness(text)
         return plain + self.own.lambda_ * (1 - term if self.settings.compat == "released" else term)
 
     def upload(self, work: Work[FedMGPHead]) -> dict[str, Tensor]:
@@ -120,5 +102,6 @@ class FedMGP(Method[FedMGPSettings, FedMGPHead]):
 
     def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
         """Return the mean by n_i; "released": the plain mean."""
-        alike = dict.fromkeys(uploads, 1.0) if self.settings.compat == "released" else None
-        return average(uploads, state.shared, alike)
+        if self.settings.compat == "released":
+            uploads = {i: Upload(upload.tensors, 1) for i, upload in uploads.items()}
+        return super().combine(state, uploads)

@@ -13,14 +13,14 @@ R has no say, and prototypes follow the stream of images (see `parts/prototypes.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Tensors, Upload, Work, average
-from pfedmoap_flwr.methods.parts.adapters import AttentionAdapter, TextResidual
+from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work, average
+from pfedmoap_flwr.methods.parts.adapters import AdapterHead, TextResidual, adam
 from pfedmoap_flwr.methods.parts.contrast import SameClass, in_batch
 from pfedmoap_flwr.methods.parts.prototypes import Available, Prototypes
 from pfedmoap_flwr.methods.parts.similarity import not_negative, similarities
@@ -40,29 +40,18 @@ class FedMPSettings(Section):
     same_class: SameClass = setting("negative", "what two images of one class in a batch are")
 
 
-class FedMPHead(Head):
+class FedMPHead(AdapterHead):
     """`adapter`, the client's `residual` (C, d), and fixed text features (C, d)."""
 
     def __init__(self, method: "FedMP") -> None:
         super().__init__(method)
-        self.own, seed = method.own, method.settings.seed
-        self.logit_scale = method.clip.logit_scale
-        self.text_features = text = method.clip.zeroshot(
-            method.task.classnames, method.task.template
-        )
-        self.adapter = AttentionAdapter(text.shape[1], torch_generator(seed, "adapter"))
-        start = torch_generator(seed, "residual")
-        self.residual = TextResidual(text, self.own.alpha, self.own.start, start)
+        self.own, start = method.own, torch_generator(method.settings.seed, "residual")
+        self.residual = TextResidual(self.text_features, self.own.alpha, self.own.start, start)
         self.stream = False
-        self.to(self.device)
 
     def encode(self) -> Tensor:
         """Return text features (C, d), in training with the residual."""
         return self.residual(self.text_features) if self.training else self.text_features
-
-    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
-        """Return logits (B, C) of image features (B, d)."""
-        return self.logit_scale * (F.normalize(self.adapter(image_features), dim=-1) @ encoded.t())
 
     def predict(self, image_features: Tensor, encoded: Tensor) -> Tensor:
         """Return logits (n, C) of a split; as a stream each by prototypes of those before it."""
@@ -93,11 +82,9 @@ class FedMP(Method[FedMPSettings, FedMPHead]):
         """Return the constant rate of adapter and residual."""
         return self.own.lr
 
-    def optimizer(
-        self, work: Work[FedMPHead], groups: list[dict[str, Any]]
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[FedMPHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return the public code's Adam, fresh in every round."""
-        return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=self.own.decay)
+        return adam(groups, self.own.decay)
 
     @torch.no_grad()
     def upload(self, work: Work[FedMPHead]) -> dict[str, Tensor]:

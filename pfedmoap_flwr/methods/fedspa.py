@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.alignment import affinity, align, cosine
@@ -69,7 +70,7 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
         """Return a rate that falls in a cosine over the local epochs."""
         return cosine(self.own.lr, epoch, epochs)
 
-    def optimizer(self, work: Work[Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[Any], groups: ParamsT) -> torch.optim.Optimizer:
         """Return AdamW, fresh in every round."""
         return torch.optim.AdamW(groups, eps=1e-4)
 

@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pfedmoap_flwr.clip.features import Reading
-from pfedmoap_flwr.methods.base import (
-    Deliveries,
-    Method,
-    Phase,
-    ServerState,
-    Tensors,
-    Upload,
-    Work,
-)
+from pfedmoap_flwr.methods.base import Deliveries, Method, Phase, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.keyed import KeyedHead, KeyedImageHead
 from pfedmoap_flwr.methods.parts.keys import average_keys, members
 from pfedmoap_flwr.settings import Section, setting

@@ -1,10 +1,15 @@
 """What is learned behind the towers; image features are as the tower gives them, not normalised."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import ParamsT
 
+from pfedmoap_flwr.methods.base import Head, Method
 from pfedmoap_flwr.methods.parts.gate import linear
+from pfedmoap_flwr.randomness import torch_generator
 
 
 class AttentionAdapter(nn.Module):
@@ -22,6 +27,34 @@ class AttentionAdapter(nn.Module):
         """Return a(x) * x (..., d) of image features (..., d)."""
         attention = self.outer(self.inner(image_features).tanh()).softmax(-1)
         return attention * image_features
+
+
+class AdapterHead(Head):
+    """An `AttentionAdapter` in front of fixed text features (C, d).
+
+    logit^(c) = logit_scale cos(a(x) * x, text_features^(c)).
+    """
+
+    def __init__(self, method: Method[Any, Any]) -> None:
+        super().__init__(method)
+        self.text_features = method.clip.zeroshot(method.task.classnames, method.task.template)
+        self.logit_scale = method.clip.logit_scale
+        generator = torch_generator(method.settings.seed, "adapter")
+        self.adapter = AttentionAdapter(self.text_features.shape[1], generator).to(self.device)
+
+    def encode(self) -> Tensor:
+        """Return the text features (C, d)."""
+        return self.text_features
+
+    def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
+        """Return logits (B, C) of image features (B, d)."""
+        adapted = F.normalize(self.adapter(image_features), dim=-1)
+        return self.logit_scale * (adapted @ encoded.t())
+
+
+def adam(groups: ParamsT, decay: float) -> torch.optim.Adam:
+    """Return the Adam of FedCLIP's public code, which Fed-MP's took over."""
+    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
 
 
 class Bottleneck(nn.Module):
@@ -49,7 +82,7 @@ class TextResidual(nn.Module):
         super().__init__()
         self.alpha = alpha
         rows = torch.empty(like.shape).uniform_(-start, start, generator=generator)
-        self.rows = nn.Parameter(rows)
+        self.rows = nn.Parameter(rows.to(like.device))
 
     def forward(self, text_features: Tensor) -> Tensor:
         """Return t' (C, d), unit-norm, of text features (C, d)."""

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfedmoap_flwr.methods.base import PromptHead
+
+WORDS_STD = 0.01
+
 
 class Groups(nn.Module):
     """A client's own prompts (G, ...) of each kind, and copies of `count` of them, common to all.
@@ -42,13 +46,25 @@ class Groups(nn.Module):
             common.copy_(own[places])
 
 
-def likeness(features: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Return the mean cosine () between groups' unit features (G, n, d); 0 for one group.
+def several(head: PromptHead, count: int, *, words: bool) -> Tensor:
+    """Return `count` prompts to start from (G, ...): the head's own `ctx`, and others drawn.
 
-    counted (n,): which of the n count; all of them where it is not given.
+    words: `ctx` starts from words, and so do the others, with noise of 0.01.
     """
-    first, second = torch.triu_indices(len(features), len(features), offset=1)
-    cosines = (features[first] * features[second]).sum(-1)
+    std, start = (WORDS_STD if words else 0.02), head.ctx.detach() * words
+    drawn = [head.normal(f"group {j}", *head.ctx_shape, std=std) for j in range(1, count)]
+    return torch.stack([head.ctx.detach(), *(start + group.detach() for group in drawn)])
+
+
+def likeness(text: Tensor, images: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """Return the mean cosine () between groups' unit features; 0 for one group.
+
+    text (G, C, d); with images (G, B, d), of which those `counted` (B,), the mean of both means.
+    """
+    if images is not None:
+        return (likeness(text) + likeness(images, None, counted)) / 2
+    first, second = torch.triu_indices(len(text), len(text), offset=1)
+    cosines = (text[first] * text[second]).sum(-1)
     if counted is None:
         return cosines.sum() / max(1, cosines.numel())
     return (cosines * counted).sum() / (max(1, len(first)) * counted.sum()).clamp_min(1)

@@ -6,10 +6,10 @@ shape; weights are 0 where it is False.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 def drawn(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
@@ -103,7 +103,7 @@ class MaskedSGD(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], mask: Tensor, clip: float, decay: float, factor: float
+        self, groups: ParamsT, mask: Tensor, clip: float, decay: float, factor: float
     ) -> None:
         super().__init__(groups, {"lr": 0.0})
         self.mask, self.clip, self.decay, self.factor = mask, clip, decay, factor
