@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,17 +12,21 @@ from torch import Tensor
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.data.federated import federated
-from pfedmoap_flwr.methods.base import Method, Upload
+from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.settings import Value
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a method sends to a client after its first round, gets back, and leaves there."""
+    """What a method sends to a client after its first round, gets back, and leaves there.
+
+    kept: how many numbers the parameters have that never leave a client; stays: their names.
+    """
 
     name: str
     down: int
     up: int
+    kept: int
     stays: str
     reading: str
     fidelity: str
@@ -59,22 +62,18 @@ def describe(name: str, values: Mapping[str, Value]) -> Row:
     method.merge(state, uploads)
     first = clients[0]
     received = method.send(state, clients, train=True)[first]
+    head = method.build()
+    personal = {n: p for n, p in head.named_parameters() if method.is_personal(n)}
     return Row(
         name=name,
         down=_numbers(received),
         up=_numbers(method.expected(state, received)),
-        stays=", ".join(_kept(method)) or "-",
+        kept=_numbers(personal),
+        stays=", ".join(dict.fromkeys(name.partition(".")[0] for name in personal)) or "-",
         reading=kind.reads(settings.own).kind,
         fidelity=method.fidelity,
         source=(sys.modules[kind.__module__].__doc__ or "").split(":")[0],
     )
-
-
-def _kept(method: Method[Any, Any]) -> list[str]:
-    """Return the parts of a head that never leave a client: parameters, or modules of them."""
-    head = method.build()
-    personal = [name for name, _ in head.named_parameters() if method.is_personal(name)]
-    return list(dict.fromkeys(name.partition(".")[0] for name in personal))
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> int:
