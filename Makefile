@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test test-quick check settings lock bench-step bench-round bench-pool bench-methods clean
+.PHONY: run test test-quick check settings methods lock bench-step bench-round bench-pool bench-methods clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
@@ -27,6 +27,9 @@ check: $(STAMP)
 
 settings: $(STAMP)
 	$(BIN)/python -m pfedmoap_flwr.config
+
+methods: $(STAMP)
+	$(BIN)/python scripts/methods_page.py
 
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --upgrade --output-file requirements/lock.txt
