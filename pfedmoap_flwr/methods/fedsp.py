@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, Phase, PromptHead, ServerState, Upload
 from pfedmoap_flwr.methods.parts.towers import apart, told_to_both
 from pfedmoap_flwr.settings import Section, setting
@@ -34,7 +35,9 @@ class FedSPHead(PromptHead):
 
     def __init__(self, method: "FedSP") -> None:
         super().__init__(method)
-        own = method.own
+        own, depth = method.own, method.settings.prompt.depth
+        if depth > own.blocks:
+            raise UsageError(f"setting prompt.depth={depth}: must be <= fedsp.blocks={own.blocks}")
         self.encoder = method.encoder(self.template, own.blocks)
         width = self.encoder.embed_dim
         self.down = self.normal("auxiliary", width, own.auxiliary, std=width**-0.5)

@@ -27,7 +27,7 @@ def _somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["local-epoch=1"], "did you mean 'local-epochs'"),
         (["local-epochs=one"], "must be a whole number"),
-        (["--method", "fedmoap"], "must be one of coop, "),
+        (["--method", "fedmoap"], f"must be one of {methods.names()[0]}, "),
         (["data.name=imagenet"], "unknown data set"),
         (["data.num-clients=3"], "multiple of the 2 domains"),
         (["clip.pretrained=/no/such/weights.pt"], "no such file"),

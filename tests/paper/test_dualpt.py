@@ -105,7 +105,8 @@ def test_other_classes_without_a_file_get_the_plain_sentence_and_a_warning(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     method = make_method("dualpt")
-    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    ours = [record for record in caplog.records if record.name == "flwr.pfedmoap"]
+    (record,) = [record for record in ours if record.levelno == logging.WARNING]
     assert "dualpt.descriptions names a file" in record.getMessage()
     plain = method.clip.zeroshot(tuple(CLASSNAMES), "a drawing of {}.")
     assert torch.equal(method.described, plain)

@@ -33,7 +33,7 @@ class KeyedHead(PromptHead):
         """Make what reads a shared prompt and a group's together: the text tower."""
         prompt = method.settings.prompt
         if prompt.template or prompt.depth > 1:
-            raise UsageError("prompt.template, prompt.depth: sgpt lays out its two prompts itself")
+            raise UsageError("prompt.template, prompt.depth: sgpt has a template of its own")
         n_ctx = self.ctx_shape[-2] + method.own.tokens
         self.longer = method.encoder(prompt.layout(method.clip.n_tokens, n_ctx))
 
