@@ -26,7 +26,7 @@ pytestmark = pytest.mark.processes
 
 PFEDMOAP = [sys.executable, "-m", "pfedmoap_flwr.cli"]
 RAY = [*PFEDMOAP, "run", "--engine", "ray"]
-STOP_SECONDS = 120.0
+STOP_SECONDS = 300.0
 CLIENTS = 5
 EMBEDDED: dict[str, Any] = {
     "data.num-clients": CLIENTS,
