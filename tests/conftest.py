@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from pfedmoap_flwr.engines import in_process
 from pfedmoap_flwr.runs.folder import RunFolder
-from support.federation import Exchange, Federate, recording, run_tiny
+from support.federation import Exchange, Federate, forget_data, recording, run_tiny
 from support.tiny import write_clip, write_images
 
 
@@ -39,6 +39,15 @@ def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(folder / "clip")
     write_images(folder / "emoji-domains")
     return folder
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The embedded data and CLIP in the place of the tests' own."""
+    forget_data()
+    monkeypatch.delenv("PFEDMOAP_ASSETS")
+    yield
+    forget_data()
 
 
 @pytest.fixture

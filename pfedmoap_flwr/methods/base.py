@@ -15,7 +15,6 @@ Shapes: B batch, C classes, M context tokens, D text width, d embedding width, K
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, cast
@@ -28,10 +27,11 @@ from typing_extensions import TypeVar
 
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.names import NamesEncoder, read_names
+from pfedmoap_flwr.clip.names import Names, NamesEncoder, read_names
 from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.methods.parts.schedules import cosine
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section
@@ -253,8 +253,12 @@ class Method(Generic[S, H]):
         blocks: of the text tower its first ones alone.
         """
         prompt = self.settings.prompt
-        names = read_names(prompt.names, self.task.classnames)
-        return self.clip.encoder(names, template, prompt.class_specific, prompt.depth, blocks)
+        return self.clip.encoder(self.names, template, prompt.class_specific, prompt.depth, blocks)
+
+    @functools.cached_property
+    def names(self) -> Names:
+        """Each class's names, read once: a head is built for every message."""
+        return read_names(self.settings.prompt.names, self.task.classnames)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""
@@ -284,7 +288,7 @@ class Method(Generic[S, H]):
             return self.settings.lr
         if epoch == 0:
             return 1e-5
-        return self.settings.lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+        return cosine(self.settings.lr, epoch - 1, epochs)
 
     def optimizer(self, work: Work[H], groups: ParamsT) -> torch.optim.Optimizer:
         """Return what moves one head in one phase; groups are {"name": str, "params": [tensor]}.

@@ -43,8 +43,7 @@ class FedCLIP(Method[FedCLIPSettings, AdapterHead]):
         self, head: AdapterHead, features: Tensor, labels: Tensor, received: Tensors
     ) -> Tensor:
         """Return the contrastive loss of a batch."""
-        pairs = head(features)[:, labels.clamp(min=0)]
-        return in_batch(pairs, labels, self.own.same_class)
+        return in_batch(head(features), labels, self.own.same_class)
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the adapter's constant rate."""

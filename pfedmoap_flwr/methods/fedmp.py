@@ -75,8 +75,7 @@ class FedMP(Method[FedMPSettings, FedMPHead]):
 
     def loss(self, head: FedMPHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the contrastive loss of a batch."""
-        pairs = head(features)[:, labels.clamp(min=0)]
-        return in_batch(pairs, labels, self.own.same_class)
+        return in_batch(head(features), labels, self.own.same_class)
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the constant rate of adapter and residual."""

@@ -9,7 +9,6 @@ from zero-shot CLIP's. Every K_i starts from the mean image feature of each clas
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
 from pfedmoap_flwr.methods.base import Deliveries, Head, Method, ServerState, Tensors, Upload, Work
-from pfedmoap_flwr.methods.parts.alignment import affinity, align, cosine
+from pfedmoap_flwr.methods.parts.alignment import affinity, align
 from pfedmoap_flwr.methods.parts.moments import counted_means, pooled_means
+from pfedmoap_flwr.methods.parts.schedules import cosine
 from pfedmoap_flwr.settings import Section, setting
 
 
@@ -70,7 +70,7 @@ class FedSPA(Method[FedSPASettings, FedSPAHead]):
         """Return a rate that falls in a cosine over the local epochs."""
         return cosine(self.own.lr, epoch, epochs)
 
-    def optimizer(self, work: Work[Any], groups: ParamsT) -> torch.optim.Optimizer:
+    def optimizer(self, work: Work[FedSPAHead], groups: ParamsT) -> torch.optim.Optimizer:
         """Return AdamW, fresh in every round."""
         return torch.optim.AdamW(groups, eps=1e-4)
 

@@ -4,44 +4,22 @@ A change that moves a method's numbers is seen here, whatever it was meant for. 
 writes the files.
 """
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from support import ROOT
-from support.federation import forget_data
 from support.laws import every_method
+from support.scripts import load_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded")]
 MODELS = ("personal", "global")
-
-
-@pytest.fixture(autouse=True)
-def _embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The embedded data and CLIP in the place of the tests' own."""
-    forget_data()
-    monkeypatch.delenv("PFEDMOAP_ASSETS")
-    yield
-    forget_data()
-
-
-def golden_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden", ROOT / "scripts" / "golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @every_method
 def test_three_rounds_give_what_they_gave(method: str, tmp_path: Path) -> None:
-    script = golden_script()
+    script = load_script("golden")
     expected = json.loads((script.FOLDER / f"{method}.json").read_text())
     found = script.golden(method, tmp_path / "run")
     assert [(r["round"], r["down"], r["up"]) for r in found] == [

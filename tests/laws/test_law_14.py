@@ -28,7 +28,7 @@ from support.federation import (
     right_images,
 )
 from support.laws import every_method
-from support.works import SIZES, made_works
+from support.works import SIZES, assert_stacked_as_alone, made_works
 
 # What must be stacked, or a GPU would be idle; others may fall back
 STACKABLE = ("fedprox", "pfedmoap", "promptfl")
@@ -84,12 +84,7 @@ def test_14_stacked_heads_train_as_each_alone(method: str, compat: str) -> None:
 
 def test_14_prompts_of_every_class_can_be_stacked() -> None:
     made = make_method("promptfl", **{"prompt.class-specific": True})
-    alone, joint = (made_works(made) for _ in range(2))
-    for work in alone:
-        local.train(made, [work])
-    local.train(made, joint)
-    for one, other in zip(alone, joint, strict=True):
-        torch.testing.assert_close(other.head.state(), one.head.state(), rtol=1e-4, atol=1e-6)
+    assert_stacked_as_alone(made, rtol=1e-4, atol=1e-6)
 
 
 def test_14_the_order_of_clients_has_no_say_in_their_batches() -> None:

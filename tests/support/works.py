@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pfedmoap_flwr.methods.base import Method, Split, Work
+from pfedmoap_flwr.training import local
 from support.federation import make_work
 
 SIZES = (20, 9, 24, 8, 3)  # batches of 8: whole ones, a rest, less than one
@@ -36,3 +37,13 @@ def made_works(method: Method[Any, Any], sizes: Sequence[int] = SIZES) -> list[W
         images = Split(features, labels)
         works.append(make_work(method, head, images, received, client_id, server_round=4))
     return works
+
+
+def assert_stacked_as_alone(method: Method[Any, Any], *, rtol: float, atol: float) -> None:
+    """Clients that train in one stack end with the heads that each gets by itself."""
+    alone, joint = made_works(method), made_works(method)
+    for work in alone:
+        local.train(method, [work])
+    local.train(method, joint)
+    for one, other in zip(alone, joint, strict=True):
+        torch.testing.assert_close(other.head.state(), one.head.state(), rtol=rtol, atol=atol)

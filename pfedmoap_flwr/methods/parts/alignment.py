@@ -1,6 +1,5 @@
 """Text features pulled towards visual prototypes of their classes (FedSPA, ICML 2026)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +13,6 @@ BATCH = 8
 def affinity(images: Tensor, prototypes: Tensor, beta: float) -> Tensor:
     """Return exp(-beta (1 - x . K_c)) (B, C) of unit-norm images (B, d), prototypes K (C, d)."""
     return torch.exp(-beta * (1 - images @ prototypes.t()))
-
-
-def cosine(lr: float, done: int, of: int) -> float:
-    """Return a rate that falls from lr to 0 in a cosine: lr / 2 (1 + cos(pi done / of))."""
-    return lr * (1 + math.cos(math.pi * done / of)) / 2
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float = TEMPERATURE) -> Tensor:

@@ -10,12 +10,12 @@ SameClass = Literal["negative", "ignored"]
 """What two images of one class in a batch are to each other."""
 
 
-def in_batch(pairs: Tensor, labels: Tensor, same_class: SameClass) -> Tensor:
-    """Return (CE(S, i) + CE(S', i)) / 2 of logits S (B, B), S_ij of image i and the text for j.
+def in_batch(logits: Tensor, labels: Tensor, same_class: SameClass) -> Tensor:
+    """Return (CE(S, i) + CE(S', i)) / 2 of logits (B, C), S_ij of image i and the text for j.
 
     Rows whose label (B,) is below 0 are nobody's negatives.
     """
-    missing = labels < 0
+    missing, pairs = labels < 0, logits[:, labels.clamp(min=0)]
     own = torch.arange(len(labels), device=labels.device)
     hidden = missing.expand(len(labels), -1)
     if same_class == "ignored":

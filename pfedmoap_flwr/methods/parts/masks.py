@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from pfedmoap_flwr.methods.parts.schedules import cosine
+
 
 def drawn(shape: tuple[int, ...], density: float, generator: torch.Generator) -> Tensor:
     """Return a mask that holds the nearest whole number to `density` of its entries, drawn."""
@@ -30,7 +32,7 @@ def mean(weights: Tensor, masks: Tensor) -> Tensor:
 
 def drop_rate(start: float, turn: int, turns: int) -> float:
     """Return start / 2 (1 + cos(pi t / T)): the share of a mask that is exchanged, 0 from T on."""
-    return start / 2 * (1 + math.cos(math.pi * min(turn, turns) / turns))
+    return cosine(start, min(turn, turns), turns)
 
 
 def pruned(mask: Tensor, weights: Tensor, count: int) -> Tensor:
