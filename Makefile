@@ -6,15 +6,18 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test test-quick check settings methods lock bench-step bench-round bench-pool bench-methods clean
+.PHONY: run test test-deploy test-quick check docs docs-serve settings methods lock bench-step bench-round bench-pool bench-methods bench-attacks clean
 
 run: $(STAMP)
 	$(BIN)/pfedmoap run
 
-# Tests that start Flower's processes run by themselves: beside others they would wait for a core.
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not processes"
-	$(BIN)/python -m pytest -m processes
+
+# Tests that start Flower's processes run by themselves: beside others they would wait for a core.
+# They mostly wait for Flower, which asks every 3 s whether there is anything new: so two files at once.
+test-deploy: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m processes
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not processes"
@@ -24,6 +27,13 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir .venv/site
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 settings: $(STAMP)
 	$(BIN)/python -m pfedmoap_flwr.config
@@ -31,10 +41,11 @@ settings: $(STAMP)
 methods: $(STAMP)
 	$(BIN)/python scripts/methods_page.py
 
+# Without the trackers: what one of them needs would hold back what all others use.
 lock: $(STAMP)
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --no-annotate --upgrade --output-file requirements/lock.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra scripts --universal --no-annotate --upgrade --output-file requirements/lock.txt
 
-bench-step bench-round bench-pool bench-methods: bench-%: $(STAMP)
+bench-step bench-round bench-pool bench-methods bench-attacks: bench-%: $(STAMP)
 	$(BIN)/python -m benchmarks.$*
 
 clean:

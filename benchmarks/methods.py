@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods                   # all, emoji-domains, mini CLIP, 20 clients
     python -m benchmarks.methods --methods fedotp
+    python -m benchmarks.methods --out FILE        # written after each method; goes on where it was
     python -m benchmarks.methods --quick           # to see that it works
 
 Each method runs in a process of its own, client by client, with one local epoch. A round is
@@ -11,8 +12,10 @@ little. Memory is by how much the run of three rounds raised what its process ho
 """
 
 import argparse
+import json
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +33,32 @@ def main() -> None:
     """Measure the baseline first, then each method, and print ratios to the baseline."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.methods")
     parser.add_argument("--methods", nargs="+", choices=methods.names(), default=methods.names())
+    parser.add_argument("--out", type=Path, help="keep the cells here; what is there is not redone")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     chosen = ["zeroshot"] if options.quick else [m for m in options.methods if m != BASELINE]
     settings = {**SETTINGS, **(QUICK if options.quick else {})}
-    cells = [in_fresh_process(measure, name, settings) for name in (BASELINE, *chosen)]
+    cells = _kept(options.out)
+    for name in (BASELINE, *chosen):
+        if name in cells:
+            continue
+        cells[name] = in_fresh_process(measure, name, settings)
+        if options.out:
+            options.out.write_text("".join(f"{json.dumps(cell)}\n" for cell in cells.values()))
     ratios = {}
-    for cell in cells[1:]:
+    for name in chosen:
         for what in ("round_seconds", "peak_bytes"):
             kind = what.partition("_")[0]
-            ratios[f"ratio_{kind}_{cell['method']}"] = cell[what] / cells[0][what]
-    report("methods", torch.device("cpu"), cells, **ratios)
+            ratios[f"ratio_{kind}_{name}"] = cells[name][what] / cells[BASELINE][what]
+    report("methods", torch.device("cpu"), list(cells.values()), **ratios)
+
+
+def _kept(file: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the cells of an earlier, interrupted call, by method."""
+    if file is None or not file.exists():
+        return {}
+    cells = [json.loads(line) for line in file.read_text().splitlines()]
+    return {cell["method"]: cell for cell in cells}
 
 
 def measure(method: str, settings: dict[str, Any]) -> dict[str, Any]:

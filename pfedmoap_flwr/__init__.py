@@ -12,14 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pfedmoap_flwr.api import RunResult, compare, run
+    from pfedmoap_flwr.api import RunResult, load, run
+    from pfedmoap_flwr.comparison import compare
     from pfedmoap_flwr.config import Settings
 
     __version__: str
 
-__all__ = ["RunResult", "Settings", "__version__", "compare", "run"]
+__all__ = ["RunResult", "Settings", "__version__", "compare", "load", "run"]
 
-HOMES = {"run": "api", "compare": "api", "RunResult": "api", "Settings": "config"}
+HOMES = {
+    "run": "api",
+    "load": "api",
+    "compare": "comparison",
+    "RunResult": "api",
+    "Settings": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.lib import format as npy
 
+from pfedmoap_flwr import files
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.files import move
 
 ENVIRONMENT_VARIABLE = "PFEDMOAP_CACHE"
 ABANDONED = 24 * 3600  # seconds after which nobody will go on with a stopped pass
@@ -95,10 +95,11 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
     """Write the file beside its place and move it there, going on after what is written already."""
     _sweep(path.parent)
     part = path.with_suffix(".tmp")
-    array, done = _map(part, path.stem, rows, step)
+    # A link is nobody's stopped pass: what it leads to is not to be written
+    array, done = (None, 0) if part.is_symlink() else _map(part, path.stem, rows, step)
     try:
         with _blaming(path.parent):
-            file = part.open("r+b" if done else "w+b", buffering=0)
+            file = _reopen(part) if done else files.create(part)
         with file, contextlib.closing(compute(done)) as blocks:
             for block in blocks:
                 with _blaming(path.parent):
@@ -107,7 +108,7 @@ def _write(path: Path, rows: int, step: int, compute: Compute) -> None:
                     _put(file, array, block, done, step, _checksum(path.stem, array, block))
                 done += len(block)
             with _blaming(path.parent):
-                move(part, path)
+                files.move(part, path)
     except UsageError:
         part.unlink(missing_ok=True)  # what is left of it would keep a full disk full
         raise
@@ -133,9 +134,11 @@ def _put(
 
 def _write_at(file: FileIO, place: int, content: bytes) -> None:
     file.seek(place)
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) :]
+    files.write(file, content)
+
+
+def _reopen(part: Path) -> FileIO:
+    return FileIO(os.open(part, os.O_RDWR | os.O_NOFOLLOW), "r+")
 
 
 def _sweep(folder: Path) -> None:

@@ -27,20 +27,28 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.settings import (
     NOUNS,
+    FilePath,
     Section,
     Value,
     build,
     fields,
     flatten,
     help_line,
+    is_path,
     no_choice,
+    path_of,
     reject_unknown,
     setting,
+    shown,
 )
 
+METRICS = ("accuracy", "auroc", "f1", "sensitivity", "ece")
 FLOWER_TABLE = "tool.flwr.app.config"
 # These keys come first wherever settings are listed; the others follow as they are declared
 FIRST = ("method", "seed", "compat", "num-server-rounds", "local-epochs", "fraction-train")
+# Of the other settings that name a file, some texts mean something else
+ALWAYS_PATHS = ("run-dir", "resume", "state-dir", "data.path")
+NO_FILE = "a setting names no file; a command does, whenever it runs: --method FILE.py"
 T = TypeVar("T")
 
 
@@ -64,6 +72,68 @@ class ServerSettings(Section):
     trim: float = setting(0.2, "share cut off at each end by fedtrimmedavg", low=0, high=0.5)
     malicious: int = setting(0, "clients that krum, multikrum and bulyan reckon with", low=0)
     selected: int = setting(1, "clients that multikrum averages", low=1)
+    min_replies: int = setting(1, "fewest good uploads that a round is merged from", low=1)
+    attempts: int = setting(3, "how often a round is tried whose good uploads are too few", low=1)
+    max_step: float = setting(
+        100.0, "an upload that moved so many times the median is refused; 0: none is", low=0
+    )
+    max_refusals: int = setting(
+        3, "refused answers in a row after which a client is not asked again", low=1
+    )
+    metrics_port: int = setting(
+        0, "port of 127.0.0.1 where Prometheus reads the run's numbers; 0: none", low=0, high=65535
+    )
+
+
+class EvalSettings(Section):
+    """What models are measured on, and what is measured beside accuracy after the last round."""
+
+    split: Literal["test", "validation"] = setting(
+        "test", "images that are measured; validation: no test image is read"
+    )
+    on: str = setting(
+        "", "other data sets the common model is measured on at the end: NAME or NAME:PATH, ..."
+    )
+    below_chance: Literal["stop", "go-on"] = setting(
+        "stop", "what a run does where CLIP before any training is no better than guessing"
+    )
+    metrics: str = setting("", "between commas: accuracy, auroc, f1, sensitivity, ece; empty: none")
+    bootstrap: int = setting(200, "resamplings behind a 95 % interval; 0: no intervals", low=0)
+    min_count: int = setting(
+        5, "metrics that tell of fewer images of a class do not leave a node", low=0
+    )
+    keep_best: bool = setting(False, "keep the state and the heads of the best validated round")
+
+    @field_validator("on")
+    @classmethod
+    def _each_once(cls, text: str) -> str:
+        names = [part.partition(":")[0] for part in text.split(",")] if text else []
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError("must be NAME or NAME:PATH, each name once, with commas between")
+        return text
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, text: str) -> str:
+        for name in _between_commas(text):
+            if name not in METRICS:
+                raise ValueError(f"{name!r} {no_choice(name, METRICS)}")
+        return text
+
+    def others(self) -> dict[str, str]:
+        """Return the paths of the other data sets by name; "": the hub, or the package."""
+        parts = [part.partition(":") for part in self.on.split(",") if part]
+        return {name: path for name, _, path in parts}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics asked for, each once; they are of test images, where those are read."""
+        asked = self.metrics if self.split == "test" else ""
+        return tuple(dict.fromkeys(_between_commas(asked)))
+
+
+def _between_commas(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 class Settings(LearningSettings):
@@ -78,12 +148,17 @@ class Settings(LearningSettings):
     )
     min_nodes: int = setting(2, "start when so many SuperNodes are connected", low=1)
     node_timeout: float = setting(600.0, "seconds to wait for SuperNodes and for replies", above=0)
-    state_dir: str = setting("", "where clients keep their state; empty: ~/.pfedmoap/clients")
-    run_dir: str = setting("", "results folder; empty: runs/<time>-<method>-<dataset>-s<seed>")
-    resume: str = setting("", "results folder of a run to continue")
+    log_format: Literal["text", "json"] = setting("text", "of this program's own log lines")
+    tracker: Literal["none", "tensorboard", "trackio", "mlflow", "wandb"] = setting(
+        "none", "where the run's numbers go besides its folder"
+    )
+    state_dir: FilePath = setting("", "where clients keep their state; empty: ~/.pfedmoap/clients")
+    run_dir: FilePath = setting("", "results folder; empty: runs/<time>-<method>-<dataset>-s<seed>")
+    resume: FilePath = setting("", "results folder of a run to continue")
     clip: ClipSettings = ClipSettings()
     data: DataSettings = DataSettings()
     server: ServerSettings = ServerSettings()
+    eval: EvalSettings = EvalSettings()
     tables: Mapping[str, Section] = Field(
         default_factory=lambda values: {values["method"]: methods.load(values["method"]).section()},
         exclude=True,
@@ -93,6 +168,8 @@ class Settings(LearningSettings):
     @classmethod
     def _there_is_such_a_method(cls, name: str) -> str:
         if name not in methods.names():
+            if methods.outside.is_file_name(name):
+                raise ValueError(NO_FILE)
             raise ValueError(no_choice(name, methods.names()))
         return name
 
@@ -153,7 +230,7 @@ def parse_words(words: list[str]) -> dict[str, Value]:
     for word in words:
         key, separator, text = word.partition("=")
         if not separator:
-            raise UsageError(f"'{word}' is not KEY=VALUE, as in local-epochs=1")
+            raise UsageError(f"{shown(word)} is not KEY=VALUE, as in local-epochs=1")
         known = known_fields(_meant_methods([key]))
         reject_unknown([key], known)
         flat[key] = _read(key, text.strip().strip("\"'"), known[key])
@@ -163,19 +240,59 @@ def parse_words(words: list[str]) -> dict[str, Value]:
 def parse_file(path: Path) -> dict[str, Value]:
     """Read a TOML file of settings, tables and all, as a flat configuration.
 
+    `table1` means the file of that name that comes with us, where there is no such file here.
     Raises UsageError naming the file, and the key where one is wrong.
     """
+    path = _conf_file(path)
     try:
         flat = flatten(tomllib.loads(path.read_text()))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UsageError(f"{path}: not TOML ({error})") from error
+    except RecursionError:
+        raise UsageError(f"{path}: not settings (tables or lists nested too deep)") from None
     try:
         parse(flat)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return flat
+
+
+def _conf_file(path: Path) -> Path:
+    """Return this path, or conf/NAME.toml of a clone or of a wheel where a bare name is no file."""
+    if path.exists() or path.parent != Path():
+        return path
+    ours = shipped()
+    if path.suffix == ".toml" or path.name in ours:
+        return ours.get(path.stem, path)
+    near = difflib.get_close_matches(path.name, ours, n=1, cutoff=0.0)
+    hint = f"; of those that come with pfedmoap {near[0]} is the nearest" if near else ""
+    raise UsageError(f"--conf {path}: no such file{hint}")
+
+
+def shipped() -> dict[str, Path]:
+    """Return the files of conf/ by name: a clone's, or those that came with the package."""
+    folders = (Path(__file__).parents[1], Path(__file__).parent)
+    return {file.stem: file for folder in folders for file in folder.glob("conf/*.toml")}
+
+
+def absolute(flat: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a flat configuration whose paths are absolute: processes start in other folders.
+
+    A text that may be something else than a path, as the name of weights, is one where a file is
+    called so. Raises UsageError where a path is impossible.
+    """
+    known = known_fields(_meant_methods(flat))
+    paths = {
+        key: path_of(key, text)
+        for key, text in flat.items()
+        if key in known and is_path(known[key]) and isinstance(text, str) and text
+    }
+    return {
+        **flat,
+        **{k: str(path) for k, path in paths.items() if k in ALWAYS_PATHS or path.is_file()},
+    }
 
 
 def known_keys() -> dict[str, str]:
@@ -196,7 +313,12 @@ def _meant_methods(keys: Iterable[str]) -> list[str]:
     sections = {key.partition(".")[0] for key in fields(Settings) if "." in key}
     words = [*sections, *methods.names()]
     named = {key.partition(".")[0] for key in keys if "." in key}
-    near = {word for name in named for word in difflib.get_close_matches(name, words, n=1)}
+    # Nothing is nearer to a right name than itself; difflib takes longer for it than all the rest
+    near = {
+        word
+        for name in named
+        for word in ([name] if name in words else difflib.get_close_matches(name, words, n=1))
+    }
     return [name for name in methods.names() if name in near]
 
 
@@ -211,7 +333,7 @@ def _read(key: str, text: str, field: FieldInfo) -> Value:
             return {"true": True, "false": False}[text.lower()]
         return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError):
-        raise UsageError(f"setting {key}={text!r}: must be {NOUNS[kind]}") from None
+        raise UsageError(f"setting {key}={shown(text)}: must be {NOUNS[kind]}") from None
 
 
 def toml(

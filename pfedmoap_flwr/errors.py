@@ -5,5 +5,11 @@ class UsageError(Exception):
     """A wrong setting, missing file or impossible request: one line, what to do about it."""
 
 
+def last_line(text: object) -> str:
+    """Return the last line of a text, or of an error, that is not blank; "" without one."""
+    lines = [line for line in str(text).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
 class RunFailed(RuntimeError):
-    """A run that started and could not go on; the message is the reason, with its traceback."""
+    """A run that started and could not go on; the message is the reason."""

@@ -5,17 +5,49 @@ A flat configuration names a field of an inner section with a dot: data.num-clie
 knows how to check a section; `config` says which ones a run has.
 """
 
+import contextlib
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from pfedmoap_flwr.errors import UsageError
 
 Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Numbers of a setting from low to high, both included; log: as many in each power of ten."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
 S = TypeVar("S", bound="Section")
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser), "path"]
+"""The type of a setting that names a file or folder; ~ is the home folder of who reads it."""
+
+LARGEST_WHOLE = 2**63 - 1  # what Flower's messages carry
+LARGEST_NUMBER = 1e30  # in float32 even its products with weights and counts are finite
+SHOWN = 100  # characters of a wrong value in a message
 
 # What a value of a type is called in an error
 NOUNS: dict[Any, str] = {
@@ -54,6 +86,18 @@ class Section(BaseModel):
         allowed = choices(cls.model_fields[str(info.field_name)])
         if allowed and value not in allowed:
             raise ValueError(no_choice(value, allowed))
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_travel_and_be_computed_with(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+            raise ValueError(f"must be a whole number up to {LARGEST_WHOLE}")
+        if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"must be a number up to {LARGEST_NUMBER:g}")
+        # Neither messages nor files take them; a surrogate is a byte that is not UTF-8
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError("must be text in UTF-8, without NUL")
         return value
 
     def flat(self) -> dict[str, Value]:
@@ -149,7 +193,7 @@ def build(section: type[S], flat: Mapping[str, Any], prefix: str = "") -> S:
         first = error.errors()[0]
         key = prefix + ".".join(map(str, first["loc"]))
         reason = _reason(known[key], first["type"], first["input"], first.get("ctx", {}))
-        raise UsageError(f"setting {key}={first['input']!r}: {reason}") from None
+        raise UsageError(f"setting {key}={shown(first['input'])}: {reason}") from None
 
 
 def reject_unknown(flat: Iterable[str], known: Iterable[str]) -> None:
@@ -157,22 +201,49 @@ def reject_unknown(flat: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in flat:
         if key not in known:
-            raise UsageError(f"unknown setting '{key}'; did you mean '{_nearest(key, known)}'?")
+            near = _nearest(key[:SHOWN], known)
+            raise UsageError(f"unknown setting {shown(key)}; did you mean '{near}'?")
 
 
 def no_choice(value: Any, allowed: Iterable[str]) -> str:
     """Return the reason why a value is wrong that is none of those allowed."""
     allowed = list(allowed)
-    near = _nearest(str(value), allowed)
+    near = _nearest(str(value)[:SHOWN], allowed)
     return f"must be one of {', '.join(allowed)}; did you mean '{near}'?"
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Tell whether a setting names a file or folder."""
+    return "path" in field.metadata
+
+
+def path_of(key: str, text: str) -> Path:
+    """Return the absolute path that a setting names; there may be nothing yet.
+
+    Raises UsageError where no file can be called so, or nobody may look.
+    """
+    try:
+        path = Path(text).expanduser().resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # only the system knows which names are too long
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise UsageError(f"setting {key}={shown(text)}: cannot be a path ({reason})") from None
+    return path
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 4 :]}"
 
 
 def _reason(field: FieldInfo, error: str, value: Any, context: Mapping[str, Any]) -> str:
     """Put pydantic's kind of error into this program's words."""
-    if allowed := choices(field):
-        return no_choice(value, allowed)
     if error == "value_error":  # from a validator of ours
         return str(context["error"])
+    if allowed := choices(field):
+        return no_choice(value, allowed)
     if error.endswith("_type"):
         return f"must be {NOUNS[field.annotation]}"
     return f"must be {' and '.join(limits(field)) or 'finite'}"

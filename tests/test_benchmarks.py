@@ -25,6 +25,7 @@ QUICK = {
     },
     "pool": {"pool": 3},
     "methods": {"method": 2},
+    "attacks": {"attack": 2},
     "round --engines one-by-one at-once": {"round": 2},  # Ray takes half a minute to start
 }
 

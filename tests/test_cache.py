@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from pfedmoap_flwr import cache as store
+from pfedmoap_flwr import files
 from pfedmoap_flwr.cache import kept
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.files import move
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,22 @@ def test_a_killed_writer_stops_nobody(cache: Path) -> None:
     assert not list(cache.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("planted", ["another file", "a stopped pass"])
+def test_a_planted_link_is_not_followed(planted: str, cache: Path, tmp_path: Path) -> None:
+    cache.mkdir()
+    if planted == "a stopped pass":
+        with pytest.raises(KeyboardInterrupt):
+            kept_blocks(stopping(2, KeyboardInterrupt()))
+        (cache / "name.tmp").rename(tmp_path / "other")
+    else:
+        (tmp_path / "other").write_bytes(b"somebody's")
+    before = (tmp_path / "other").read_bytes()
+    (cache / "name.tmp").symlink_to(tmp_path / "other")
+    assert kept_blocks().tolist() == np.arange(60).reshape(10, 2, 3).tolist()
+    assert (tmp_path / "other").read_bytes() == before
+    assert not (cache / "name.npy").is_symlink()
+
+
 # One line says what to do
 
 
@@ -194,7 +210,7 @@ def test_a_full_disk_is_said_and_not_kept_full(
                 return super().write(content)
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode))
+    monkeypatch.setattr(files, "create", lambda path: FullDisk(path, "x+"))
     with pytest.raises(UsageError) as error:
         kept_blocks()
     said(error, cache, "No space left on device")
@@ -213,7 +229,8 @@ def test_a_disk_that_loses_bytes_is_said(cache: Path, monkeypatch: pytest.Monkey
         os.truncate(part, 300)
         move(part, path)
 
-    monkeypatch.setattr(store, "move", losing)
+    move = files.move
+    monkeypatch.setattr(files, "move", losing)
     with pytest.raises(UsageError) as error:
         kept_blocks()
     said(error, cache, "not what was written")

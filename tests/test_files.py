@@ -2,14 +2,17 @@
 
 import os
 import stat
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pfedmoap_flwr import files
+from support.disk import traced
 
 
 @pytest.fixture
@@ -37,9 +40,8 @@ def test_a_new_file_has_the_permissions_of_any_other(path: Path) -> None:
     assert modes[0] == modes[1]
 
 
-def torn(part: Path, content: bytes) -> int:
-    with part.open("wb") as file:
-        file.write(content[: len(content) // 2])
+def torn(file: FileIO, content: bytes) -> None:
+    file.write(content[: len(content) // 2])
     raise OSError(28, "No space left on device")
 
 
@@ -50,7 +52,7 @@ def interrupted(*args: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "accident", "error"),
     [
-        ("pathlib.Path.write_bytes", torn, OSError),
+        ("pfedmoap_flwr.files.write", torn, OSError),
         ("os.fsync", interrupted, KeyboardInterrupt),
         ("os.replace", interrupted, KeyboardInterrupt),
     ],
@@ -69,29 +71,65 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert_old(path)
 
 
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the operating system is asked to make lasting, in order."""
+    return traced(monkeypatch)
+
+
 def test_content_is_on_disk_before_its_name_and_the_name_before_the_return(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, steps: list[str]
 ) -> None:
-    steps: list[str] = []
-    sync, rename = os.fsync, os.replace
-
-    def synced(descriptor: int) -> None:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            assert os.path.samestat(found, path.parent.stat())
-            steps.append("folder")
-        else:
-            steps.append(f"file of {found.st_size} bytes")
-        sync(descriptor)
-
-    def renamed(part: Path, place: Path) -> None:
-        steps.append(f"rename to {place.name}")
-        rename(part, place)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
     files.replace(path, b"12345")
-    assert steps == ["file of 5 bytes", "rename to checkpoint", "folder"]
+    folder = f"sync {path.parent.name}"
+    assert steps == ["sync part of 5 bytes", "rename to checkpoint", folder]
+
+
+def test_the_old_file_is_moved_aside_when_the_new_one_is_on_disk(
+    path: Path, steps: list[str]
+) -> None:
+    files.replace(path, b"12345", before=path.with_name("old"))
+    assert steps == [
+        "sync part of 5 bytes",
+        "rename to old",
+        "rename to checkpoint",
+        f"sync {path.parent.name}",
+    ]
+    assert [f.read_bytes() for f in (path, path.with_name("old"))] == [b"12345", b"old"]
+
+
+def test_a_line_is_on_disk_before_the_return_and_so_is_the_name_of_a_new_file(
+    tmp_path: Path, steps: list[str]
+) -> None:
+    files.append_line(tmp_path / "rounds", "12")
+    files.append_line(tmp_path / "rounds", "345")
+    assert steps == ["sync rounds of 3 bytes", f"sync {tmp_path.name}", "sync rounds of 7 bytes"]
+
+
+def test_a_new_folder_is_on_disk_with_those_above_it(tmp_path: Path, steps: list[str]) -> None:
+    files.make_folder(tmp_path / "run" / "client")
+    files.make_folder(tmp_path / "run" / "client")
+    assert sorted(steps) == sorted(["sync run", f"sync {tmp_path.name}"])
+
+
+def test_a_planted_link_is_not_followed(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"somebody's")
+    part = path.with_name(f".checkpoint.{os.getpid()}-{threading.get_ident()}.tmp")
+    part.symlink_to(other)
+    files.replace(path, b"new")
+    assert (path.read_bytes(), other.read_bytes()) == (b"new", b"somebody's")
+    assert not path.is_symlink()
+
+
+def test_a_disk_that_takes_a_part_gets_the_rest(path: Path) -> None:
+    class Sluggish(FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(content[:2])
+
+    with Sluggish(path, "w") as file:
+        files.write(file, b"12345")
+    assert path.read_bytes() == b"12345"
 
 
 def test_writers_at_once_never_mix(path: Path) -> None:

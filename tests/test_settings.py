@@ -134,8 +134,10 @@ def test_tables_are_those_of_the_chosen_method_and_of_the_keys_that_are_given() 
 
 def test_a_method_shares_its_name_with_no_part() -> None:
     parts = {key.split(".")[0] for key in fields(config.Settings) if "." in key}
-    assert parts == {"prompt", "clip", "data", "server"}
+    assert parts == {"prompt", "optimizer", "privacy", "clip", "data", "server", "eval"}
     assert parts.isdisjoint(methods.names())
+    # Nor may a file of somebody's
+    assert parts <= set(methods.outside.TAKEN)
 
 
 def test_equal_configurations_are_parsed_once() -> None:

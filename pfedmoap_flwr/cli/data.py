@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pfedmoap_flwr import config, methods
+from pfedmoap_flwr import config, logs, methods
 from pfedmoap_flwr.cache import cache_folder
+from pfedmoap_flwr.cli.say import say
 from pfedmoap_flwr.clip.features import feature_files, read_splits
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.config import Settings
@@ -73,12 +74,12 @@ def print_partition(
     data_tables.print_partition(images, clients, title(settings), console)
     twice = duplicates(images)
     for (split, other), count in twice.items():
-        _say(console, f"images of {other} that are in {split} too: {count}")
+        say(console, f"images of {other} that are in {split} too: {count}")
     if not twice:
-        _say(console, "no image is in two splits")
-    _say(console, f"sha256 of the partition: {said['sha256']}")
+        say(console, "no image is in two splits")
+    say(console, f"sha256 of the partition: {said['sha256']}")
     if figure:
-        _say(console, f"figure in {figure}")
+        say(console, f"figure in {figure}")
 
 
 def title(settings: Settings) -> str:
@@ -93,35 +94,32 @@ def prepare_features(values: Mapping[str, Value], console: Console) -> None:
     Stopped, it goes on after the last images that were kept.
     """
     settings = config.parse(values)
+    logs.set_up(settings.log_format)
     images = load_images(settings.data)
     _print_origin(images, console)
     clip = load_clip(settings.clip, settings.device)
     size = megabytes(clip.checkpoint.stat().st_size)
-    _say(console, f"weights: {clip.checkpoint}, {size}")
+    say(console, f"weights: {clip.checkpoint}, {size}")
     reading = methods.load(settings.method).reads(settings.own)
     dtype = settings.clip.features_dtype
-    files = feature_files(clip, images.splits, reading, dtype)
+    files = feature_files(clip, images.splits, reading, dtype, images.window)
     there = {split for split, file in files.items() if file.exists()}
     began = time.monotonic()
-    read_splits(clip, images.splits, reading, dtype)
+    read_splits(clip, images.splits, reading, dtype, images.window)
     for split, file in files.items():
         how = "was there" if split in there else "computed"
         kept = megabytes(file.stat().st_size)
-        _say(console, f"features of {split}: {len(images.splits[split])} images, {kept}, {how}")
+        say(console, f"features of {split}: {len(images.splits[split])} images, {kept}, {how}")
     total = megabytes(sum(file.stat().st_size for file in files.values()))
     if there == set(files):
-        _say(console, f"all is there: {total} in {cache_folder()}")
+        say(console, f"all is there: {total} in {cache_folder()}")
     else:
-        _say(console, f"{total} in {cache_folder()}, {time.monotonic() - began:.1f} s")
+        say(console, f"{total} in {cache_folder()}, {time.monotonic() - began:.1f} s")
 
 
 def _print_origin(images: ImageData, console: Console) -> None:
     said = {key: value for key, value in images.provenance.items() if key != "sizes" and value}
-    _say(console, ", ".join(f"{key}: {value}" for key, value in said.items()))
+    say(console, ", ".join(f"{key}: {value}" for key, value in said.items()))
     sizes = ", ".join(f"{len(images.splits[split])} {split}" for split in SPLITS)
     domains = f", {len(images.domains)} domains" if len(images.domains) > 1 else ""
-    _say(console, f"images: {sizes}; {len(images.classnames)} classes{domains}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    say(console, f"images: {sizes}; {len(images.classnames)} classes{domains}")

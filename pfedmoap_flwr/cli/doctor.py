@@ -17,6 +17,7 @@ from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.cache import ENVIRONMENT_VARIABLE, cache_folder
 from pfedmoap_flwr.cli.data import is_here
+from pfedmoap_flwr.cli.say import say
 from pfedmoap_flwr.clip.features import Reading, feature_files, read_shape
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
@@ -31,6 +32,7 @@ from pfedmoap_flwr.report.tables import megabytes
 from pfedmoap_flwr.settings import Value
 from pfedmoap_flwr.training.capacity import clients_that_fit, cores
 from pfedmoap_flwr.training.rehearsal import made_up, rehearse
+from pfedmoap_flwr.training.whole_prompt import check_whole_prompt
 
 PACKAGES = (
     *("pfedmoap-flwr", "flwr", "ray", "torch", "torchvision", "open_clip_torch", "datasets"),
@@ -94,8 +96,7 @@ def rehearsal(
 
     Raises UsageError with the reason where a run's first rounds would fail.
     """
-    kind = methods.load(settings.method)
-    reading = kind.reads(settings.own)
+    reading = methods.load(settings.method).reads(settings.own)
     first = min(held.clients)
     sizes = {split: len(rows) for split, rows in held.clients[first].rows.items()}
 
@@ -106,7 +107,8 @@ def rehearsal(
     try:
         # The evaluation before round 1 measures this as well
         clip.zeroshot(held.task.classnames, held.task.template)
-        method = kind(settings, settings.own, clip, held.task)
+        method = methods.make(settings.method, settings, settings.own, clip, held.task)
+        check_whole_prompt(method)
         return method, rehearse(method, sorted(held.clients), images)
     except UsageError:
         raise
@@ -144,7 +146,7 @@ def _features(
 ) -> str:
     """Say what is computed already. Raises UsageError where the rest has no room."""
     dtype = settings.clip.features_dtype
-    files = feature_files(clip, images.splits, reading, dtype)
+    files = feature_files(clip, images.splits, reading, dtype, images.window)
     missing = [split for split, file in files.items() if not file.exists()]
     if not missing:
         return "computed already"
@@ -200,4 +202,4 @@ def _existing(path: Path) -> Path:
 
 
 def _say(console: Console, what: str, line: str) -> None:
-    console.print(f"{what:13} {line}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"{what:13} {line}")

@@ -55,7 +55,7 @@ def describe(name: str, values: Mapping[str, Value]) -> Row:
     held = federated(settings.data, settings.seed)
     kind = methods.load(name)
     clip = load_clip(settings.clip, settings.device)
-    method = kind(settings, settings.own, clip, held.task)
+    method = methods.make(name, settings, settings.own, clip, held.task)
     clients, state = sorted(held.clients), method.start()
     sent = method.send(state, clients, train=True)
     uploads = {i: Upload(method.expected(state, sent[i]), 1) for i in clients}

@@ -24,9 +24,10 @@ from pfedmoap_flwr.clip.patches import project_positions
 from pfedmoap_flwr.clip.tower import encode_image
 from pfedmoap_flwr.clip.views import Prepare, augmented, plain
 from pfedmoap_flwr.data.images import image_digests
+from pfedmoap_flwr.data.pixels import Window, as_rgb
 
 BATCH = 128
-RECIPE = 2  # goes up when what is computed below changes
+RECIPE = 4  # goes up when what is computed below changes
 logger = logging.getLogger("flwr.pfedmoap")
 
 Kind = Literal["features", "tokens", "pixels"]
@@ -51,13 +52,17 @@ class Reading:
 
 
 def read_images(
-    clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: Dtype = "float32"
+    clip: FrozenClip,
+    images: datasets.Dataset,
+    reading: Reading,
+    dtype: Dtype = "float32",
+    window: Window | None = None,
 ) -> Tensor:
     """Return what is read of each image, (n, ...) by the shape of `reading`, mapped from disk.
 
     Features are as the image tower gives them, not normalised. Views are the same on every
     machine. The image tower is loaded only where the cache lacks them, and freed again; pixels
-    need none.
+    need none. window: of pixels of more than 8 bits.
 
     Raises UsageError for an image tower that has no patch tokens; for a cache folder that cannot be
     written.
@@ -70,11 +75,34 @@ def read_images(
     def compute(start: int) -> Generator[np.ndarray, None, None]:
         prepare = augmented(clip, views, _digest(images)) if views else plain(clip)
         starts = range(start, len(images), step)
-        for block in _blocks(clip, images, prepare, reading.kind, starts, getattr(torch, dtype)):
+        blocks = _blocks(clip, images, prepare, reading.kind, starts, getattr(torch, dtype), window)
+        for block in blocks:
             yield (block.unflatten(0, (-1, views)) if views else block).numpy()
 
-    name = _name(clip, images, reading, dtype)
+    name = _name(clip, images, reading, dtype, window)
     return torch.from_numpy(kept(name, len(images), step, compute))
+
+
+def read_once(
+    clip: FrozenClip,
+    images: datasets.Dataset,
+    kind: Kind,
+    dtype: Dtype,
+    window: Window | None = None,
+) -> Tensor:
+    """Return what is read of images, (n, ...), float32 and on the device; nothing is kept on disk.
+
+    Rounded to `dtype` as what is kept is. window: of pixels of more than 8 bits.
+
+    Raises UsageError as `read_images` does.
+    """
+    prepare, count = plain(clip), len(images)
+    blocks = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    rounded = getattr(torch, dtype)
+    with _reader(clip, kind) as (read, _):
+        inputs = (_inputs(images, prepare, rows, window) for rows in blocks)
+        found = [read(pixels).to("cpu", rounded) for pixels in inputs]
+    return torch.cat(found).to(clip.device, torch.float32)
 
 
 def read_splits(
@@ -82,10 +110,11 @@ def read_splits(
     splits: Mapping[str, datasets.Dataset],
     reading: Reading,
     dtype: Dtype = "float32",
+    window: Window | None = None,
 ) -> dict[str, Tensor]:
     """Return `read_images` of every split."""
     return {
-        split: read_images(clip, images, reading.of(split), dtype)
+        split: read_images(clip, images, reading.of(split), dtype, window)
         for split, images in splits.items()
     }
 
@@ -95,10 +124,11 @@ def feature_files(
     splits: Mapping[str, datasets.Dataset],
     reading: Reading,
     dtype: Dtype = "float32",
+    window: Window | None = None,
 ) -> dict[str, Path]:
     """Return where `read_splits` keeps each split that has images, computed yet or not."""
     return {
-        split: file_of(_name(clip, images, reading.of(split), dtype))
+        split: file_of(_name(clip, images, reading.of(split), dtype, window))
         for split, images in splits.items()
         if len(images)
     }
@@ -109,18 +139,29 @@ def read_shape(clip: FrozenClip, reading: Reading) -> tuple[int, ...]:
 
     With views, (V, ...). Raises UsageError as `read_images` does.
     """
-    shape = _shape(clip, reading.kind)
+    shape = tuple(read_blank(clip, reading.kind).shape)
     return (reading.views, *shape) if reading.views else shape
 
 
 @functools.lru_cache(maxsize=4)
-def _shape(clip: FrozenClip, kind: Kind) -> tuple[int, ...]:
-    pixels = torch.zeros(1, 3, *clip.image_size)
+def read_blank(clip: FrozenClip, kind: Kind) -> Tensor:
+    """Return what is read of an image without content, computed once: (d,), (1 + T, d), (3, H, W).
+
+    It is uniformly of the colour that preprocessing subtracts as the mean, so the tower's input is
+    0 everywhere. Raises UsageError as `read_images` does.
+    """
+    pixels = torch.zeros(1, 3, *clip.image_size, device=clip.device)
     with _reader(clip, kind) as (read, _):
-        return tuple(read(pixels).shape[1:])
+        return read(pixels)[0]
 
 
-def _name(clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: str) -> str:
+def _name(
+    clip: FrozenClip,
+    images: datasets.Dataset,
+    reading: Reading,
+    dtype: str,
+    window: Window | None,
+) -> str:
     """Return the cache key of features: a hash of all that decides their bytes."""
     described = {
         "recipe": RECIPE,
@@ -131,6 +172,7 @@ def _name(clip: FrozenClip, images: datasets.Dataset, reading: Reading, dtype: s
         "images": _digest(images),
         "reading": asdict(reading),
         "dtype": dtype,
+        "window": window,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -151,6 +193,7 @@ def _blocks(
     kind: Kind,
     starts: range,
     dtype: torch.dtype,
+    window: Window | None,
 ) -> Iterator[Tensor]:
     """Yield the blocks that begin at `starts`, with the image tower in memory for so long."""
     if not starts:
@@ -158,16 +201,11 @@ def _blocks(
     began, size = time.monotonic(), 0
     with _reader(clip, kind) as (read, tower_size), _progress(clip.name, starts) as advance:
         for start in starts:
-            batch = images[start : start + starts.step]["image"]
-            inputs = [
-                pixels
-                for number, image in enumerate(batch, start)
-                for pixels in prepare(number, image.convert("RGB"))
-            ]
-            block = read(torch.stack(inputs)).to("cpu", dtype)
+            rows = range(start, min(start + starts.step, starts.stop))
+            block = read(_inputs(images, prepare, rows, window)).to("cpu", dtype)
             size += block.nbytes
             yield block
-            advance(len(batch))
+            advance(len(rows))
     logger.info(
         "read %d images with %s in %.1f s: %.1f MB kept in %s and mapped into memory from there%s",
         starts.stop - starts.start,
@@ -177,6 +215,19 @@ def _blocks(
         cache_folder(),
         f"; the image tower's {tower_size / 1e6:.1f} MB are free again" if tower_size else "",
     )
+
+
+def _inputs(
+    images: datasets.Dataset, prepare: Prepare, rows: range, window: Window | None
+) -> Tensor:
+    """Return the tower's inputs (len(rows) * V, 3, H, W) of some images."""
+    inputs = [
+        pixels
+        for number in rows
+        # One by one: together, large images would take gigabytes before they are prepared
+        for pixels in prepare(number, as_rgb(images[number]["image"], window))
+    ]
+    return torch.stack(inputs)
 
 
 @contextlib.contextmanager

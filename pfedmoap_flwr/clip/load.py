@@ -121,7 +121,7 @@ class FrozenClip:
     def zeroshot(self, classnames: tuple[str, ...], template: str) -> Tensor:
         """Return hand-written prompts' text features (C, d), L2-normalised."""
         with torch.no_grad():
-            texts = [template.format(name.replace("_", " ")) for name in classnames]
+            texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
             return encode_text(self.model, self.tokenizer, texts)
 
     @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Classes with several names or descriptions: one prompt each, and the mean of their features.
+"""Classes with several names or descriptions: one prompt each, and what their features become.
 
 Shapes: C classes, V names in all, M context tokens, D text width, d embedding width.
 """
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class NamesEncoder:
 
         The names of a class share its context. Differentiable in `ctx`.
         """
+        features = self.each(ctx)
+        return F.normalize(self._mean.to(features) @ features, dim=-1)
+
+    def each(self, ctx: Tensor) -> Tensor:
+        """Every name's own text features (..., V, d)."""
         if self.encoder.class_specific:
             # Not by indices: where several threads add to one gradient, their order would show
             each = ctx.split(1, dim=-3)
@@ -57,20 +62,55 @@ class NamesEncoder:
                 ],
                 dim=-3,
             )
-        features = self.encoder(ctx)
-        return F.normalize(self._mean.to(features) @ features, dim=-1)
+        return self.encoder(ctx)
 
 
-def read_names(path: str, classnames: Sequence[str]) -> Names:
+class WeighedNames(NamesEncoder):
+    """g(P) as the unit-norm sum of the names' text features t_v, by weights w that are learned:
+
+        g^(c) = unit(SUM_v a_v t_v),  a = softmax of w over the names v of class c
+
+    Args:
+        names: what the names and their classes are.
+        weights: gives w (V,); it is asked each time. With w = 0 this is the mean.
+    """
+
+    def __init__(self, names: NamesEncoder, weights: Callable[[], Tensor]) -> None:
+        super().__init__(names.encoder, names.counts)
+        self.weights = weights
+
+    def __call__(self, ctx: Tensor) -> Tensor:
+        """Text features (..., C, d), as `NamesEncoder` has them. Differentiable in w too."""
+        features = self.each(ctx)
+        own = self._mean.to(features.device) > 0
+        shares = self.weights().masked_fill(~own, -torch.inf).softmax(dim=-1)  # (C, V)
+        return F.normalize(shares.to(features) @ features, dim=-1)
+
+
+class EachName(NamesEncoder):
+    """g(P) of every name by itself: the class is chosen by its best name."""
+
+    def __call__(self, ctx: Tensor) -> Tensor:
+        """Text features (..., V, d) of contexts as `NamesEncoder` takes them."""
+        return self.each(ctx)
+
+    def largest(self, logits: Tensor) -> Tensor:
+        """Return logits (..., C), each the largest of its names' logits (..., V)."""
+        each = logits.split(self.counts, dim=-1)
+        return torch.stack([own.amax(dim=-1) for own in each], dim=-1)
+
+
+def read_names(path: str, classnames: Sequence[str], others: Sequence[str] = ()) -> Names:
     """Read a TOML or JSON file that gives classes a name or a list of names.
 
-    A class that is not in it keeps its own name alone; without a path all do.
+    A class that is not in it keeps its own name alone; without a path all do. The file may give
+    names to `others` as well, classes that are not asked for.
 
     Raises UsageError that names the file and what is wrong in it.
     """
     given = _read(Path(path)) if path else {}
     for name in given:
-        if name not in classnames:
+        if name not in (*classnames, *others):
             known = ", ".join(classnames[:5])
             raise UsageError(f"prompt.names={path}: there is no class '{name}' (but {known} ...)")
     names = []

@@ -2,13 +2,15 @@
 
 import contextlib
 import difflib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download_pretrained
@@ -20,6 +22,8 @@ from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.errors import UsageError
 
 VISUAL = "visual."
+SECONDS = 10.0
+"""Until the place of published weights counts as out of reach."""
 NO_TOWER = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
 
 
@@ -57,9 +61,49 @@ def find_weights(model: str, pretrained: str) -> str:
 
 
 def find_checkpoint(model: str, weights: str) -> Path:
-    """Return the file of weights that `find_weights` named; a published one is downloaded once."""
+    """Return the file of weights that `find_weights` named; a published one is downloaded once.
+
+    Before it is, the place where it lies is asked once and answers within SECONDS: the clients of
+    the hub try for minutes. Raises OSError and the hub client's own errors.
+    """
     published = open_clip.get_pretrained_cfg(model, weights)
-    return Path(download_pretrained(published) if published else weights)
+    if held := held_checkpoint(model, weights):
+        return held
+    _ask(published)
+    return Path(download_pretrained(published))
+
+
+def get_weights(model: str, pretrained: str) -> Path:
+    """Return the checkpoint of a model, downloaded where it is not here.
+
+    Raises UsageError where it is unknown, or cannot be had.
+    """
+    weights = find_weights(model, pretrained)
+    with weights_errors(model, pretrained):
+        return find_checkpoint(model, weights)
+
+
+def _ask(published: dict[str, Any]) -> None:
+    """Raise an error where published weights cannot be reached now."""
+    place = published.get("hf_hub", "")
+    if not place:
+        if "url" not in published:  # a file of this machine
+            return
+        head = urllib.request.Request(published["url"], method="HEAD")
+        urllib.request.urlopen(head, timeout=SECONDS).close()
+        return
+    repository, _, name = place.rpartition("/")
+    first, last = _files(name)
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, first), timeout=SECONDS)
+    except EntryNotFoundError:
+        get_hf_file_metadata(hf_hub_url(repository, last), timeout=SECONDS)
+
+
+def _files(name: str) -> tuple[str, str]:
+    """Return which files of a repository hold weights: as open_clip does, prefer .safetensors."""
+    safe = Path(name).with_suffix(".safetensors").name if name else HF_SAFE_WEIGHTS_NAME
+    return safe, name or HF_WEIGHTS_NAME
 
 
 def held_checkpoint(model: str, weights: str) -> Path | None:
@@ -69,10 +113,7 @@ def held_checkpoint(model: str, weights: str) -> Path | None:
         return Path(weights)
     if place := published.get("hf_hub", ""):
         repository, _, name = place.rpartition("/")
-        # As open_clip does, prefer .safetensors
-        safe = Path(name).with_suffix(".safetensors").name if name else HF_SAFE_WEIGHTS_NAME
-        names = (safe, name or HF_WEIGHTS_NAME)
-        found = [try_to_load_from_cache(repository, each) for each in names]
+        found = [try_to_load_from_cache(repository, each) for each in _files(name)]
         return next((Path(path) for path in found if isinstance(path, str)), None)
     path = Path("~/.cache/clip").expanduser() / Path(published.get("url", "")).name
     return path if path.is_file() else None

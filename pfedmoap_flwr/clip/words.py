@@ -101,6 +101,26 @@ def embed_words(model: nn.Module, tokenizer: Tokenizer, words: str) -> Tensor:
 
 
 @torch.no_grad()
+def nearest_words(
+    model: nn.Module, tokenizer: Any, vectors: Tensor, count: int
+) -> list[list[tuple[str, float]]]:
+    """Return for each vector (n, D) the words whose embeddings are nearest, and how far they are.
+
+    By Euclidean distance over the whole vocabulary, as CoOp reads its contexts (Zhou et al., IJCV
+    2022, arXiv 2109.01134, Table 4). A word is a token; one that goes on in another begins with it.
+    """
+    table = Words(model, tokenizer).embedding.weight.detach()
+    # Not by matrix products, whose rounding would show where a vector is a word itself
+    apart = torch.stack([(table - vector.to(table)).norm(dim=-1) for vector in vectors])
+    near = apart.topk(min(count, len(table)), largest=False)
+    decode = getattr(tokenizer, "decode", None) or tokenizer.tokenizer.decode
+    return [
+        [(decode([i]).strip(), d) for i, d in zip(ids, distances, strict=True)]
+        for ids, distances in zip(near.indices.tolist(), near.values.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
 def encode_text(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """L2-normalised features (len(texts), d) of plain sentences, by the model's own `encode_text`.
 

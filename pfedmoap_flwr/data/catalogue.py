@@ -6,6 +6,7 @@ order: they are the published ones in readable words, and in CoOp's order where 
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,8 @@ from pfedmoap_flwr.errors import UsageError
 PHOTO = "a photo of a {}."
 FOLDER = "folder"
 BUNDLED = "emoji-domains"
+HUB = "hub:"
+"""How the name of any other data set of the hub begins: hub:ORG/NAME."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,14 @@ class Source:
     clients: int = 0
 
     @property
+    def is_open(self) -> bool:
+        """Whether its classes are whatever its images have."""
+        return self.name == FOLDER or self.name.startswith(HUB)
+
+    @property
     def classnames(self) -> tuple[str, ...]:
         """The published names in readable words, in label order; () where any will do."""
-        if self.name in (FOLDER, BUNDLED):
+        if self.is_open or self.name == BUNDLED:
             return ()
         return tuple(json.loads(asset(f"classnames/{self.name}.json").read_text()))
 
@@ -210,8 +218,14 @@ def find_source(name: str) -> Source:
     """Return a data set's entry. Raises UsageError with the nearest names where there is none."""
     if name in CATALOGUE:
         return CATALOGUE[name]
+    if name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise UsageError(f"setting data.name={name!r}: must be hub:ORG/NAME, as the hub has it")
+        return Source(name, hub=repository, splits=("train",), licence="see its card")
     near = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
-        f"setting data.name={name!r}: unknown data set; {meant}there are {', '.join(CATALOGUE)}"
+        f"setting data.name={name!r}: unknown data set; {meant}there are {', '.join(CATALOGUE)}, "
+        "and hub:ORG/NAME"
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.catalogue import Source
+from pfedmoap_flwr.data.groups import together, units
 from pfedmoap_flwr.randomness import numpy_generator
 
 COOP_SHARES = (0.5, 0.2)  # train and validation; the rest is for testing
@@ -47,8 +48,12 @@ def holdout(
 
 
 def _divide(table: datasets.Dataset, shares: Sequence[float], name: str) -> list[datasets.Dataset]:
-    """Divide a table into len(shares) + 1 parts, the last one the rest, by class and domain."""
-    columns = table.select_columns(["label", "domain"]).with_format("numpy")[:]
+    """Divide a table into len(shares) + 1 parts, the last one the rest, by class and domain.
+
+    What belongs together stays so: shares are of groups where there are any.
+    """
+    small, members = units(table)
+    columns = small.select_columns(["label", "domain"]).with_format("numpy")[:]
     groups = np.stack([columns["domain"], columns["label"]], axis=1).reshape(-1, 2)
     pieces: list[list[np.ndarray]] = [[] for _ in range(len(shares) + 1)]
     for domain, label in np.unique(groups, axis=0).tolist():
@@ -58,5 +63,5 @@ def _divide(table: datasets.Dataset, shares: Sequence[float], name: str) -> list
         bounds = np.cumsum([round(share * len(rows)) for share in shares])
         for piece, chunk in zip(pieces, np.split(rows, bounds), strict=True):
             piece.append(chunk)
-    whole = [np.concatenate([*piece, np.empty(0, np.int64)]) for piece in pieces]
-    return [table.select(np.sort(rows.astype(np.int64))) for rows in whole]
+    chosen = [np.concatenate([*piece, np.empty(0, np.int64)]) for piece in pieces]
+    return [table.select(together(members, rows.astype(np.int64))) for rows in chosen]

@@ -5,6 +5,7 @@ the class and, where there is one, the domain. Nothing here decodes or copies an
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -12,7 +13,16 @@ import numpy as np
 from pfedmoap_flwr.data.catalogue import FOLDER, Source
 from pfedmoap_flwr.errors import UsageError
 
+MOST_CLASSES = 50_000  # every sentence of every class goes through the text tower
 SHOWN = 5  # names in a message, before the rest is only counted
+
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
 
 Tables = Mapping[str, datasets.Dataset]
 
@@ -34,6 +44,10 @@ def join(
         if nameless := int((rows < 0).sum()):
             raise UsageError(f"{source.name}, {split}: {nameless} images have no {source.label}")
     classnames = _classnames(set().union(*(kinds for kinds, _ in names.values())), source, given)
+    if len(classnames) > MOST_CLASSES:
+        raise UsageError(
+            f"{source.name}: {len(classnames)} classes; at most {MOST_CLASSES} are read"
+        )
     number = {name.casefold(): label for label, name in enumerate(classnames)}
     domains = {
         split: _names(table, source.domain)
@@ -55,6 +69,32 @@ def join(
             domain = np.array([index.get(kind, -1) for kind in kinds], dtype=np.int64)[rows]
         joined[split] = _labelled(table, source, label, domain)
     return joined, classnames, domain_names or ("",)
+
+
+def choose_columns(tables: Tables, source: Source, image: str, label: str) -> Source:
+    """Return the source with its columns: those named, or the only one of its kind.
+
+    Raises UsageError that shows the columns where one is neither.
+    """
+    features = next(iter(tables.values())).features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    texts = [name for name, feature in features.items() if _is_names(feature)]
+
+    def choose(what: str, name: str, only: list[str], possible: list[str]) -> str:
+        if name in possible:
+            return name
+        if not name and len(only) == 1:
+            return only[0]
+        found = ", ".join(f"{column} ({_kind(f)})" for column, f in features.items())
+        given = f"={name!r}" if name else ""
+        raise UsageError(
+            f"setting data.{what}-column{given}: {source.name} has columns {found}; name the one "
+            f"with the {'images' if what == 'image' else 'names of classes'}"
+        )
+
+    chosen = choose("image", image, images, images), choose("label", label, classes, texts)
+    return replace(source, image=chosen[0], label=chosen[1])
 
 
 def check_columns(split: str, table: datasets.Dataset, source: Source) -> None:

@@ -3,13 +3,15 @@
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pfedmoap_flwr.data import SPLITS
+from pfedmoap_flwr.data.groups import together, units
 from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.partitioners import CUTS, Part, class_sizes
 from pfedmoap_flwr.data.settings import DataSettings
@@ -19,6 +21,8 @@ from pfedmoap_flwr.settings import Value, key_of
 
 MIN_TEST = 2
 ATTEMPTS = 1000
+
+logger = logging.getLogger("flwr.pfedmoap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +38,33 @@ def partition(images: ImageData, data: DataSettings, seed: int) -> list[ClientRo
     """Return every client's rows, in order, a function of the settings and the seed alone.
 
     Each image lies with one client (of the training images, `data.shots` may leave some out). Every
-    client has `data.min-examples` training images before `data.shots`, and 2 test images.
+    client has `data.min-examples` training images before `data.shots`, and 2 test images. Where
+    images lie in groups, groups are drawn: each with one client, and so many for every client.
 
     Raises UsageError where the numbers do not allow it.
     """
     own = {name: getattr(data, name) for name in _own_settings(data)}
-    parts = CUTS[data.partition](images, data.num_clients, **own)
+    # First of all: a partitioner makes room for every client
+    if data.num_clients > (there := len(images.splits["train"])):
+        raise UsageError(
+            f"setting data.num-clients={data.num_clients}: {images.name} has {there} training "
+            "images, and every client needs one"
+        )
+    small = {split: units(images.splits[split]) for split in SPLITS}
+    drawn = images
+    if any(members for _, members in small.values()):
+        drawn = replace(images, splits={split: table for split, (table, _) in small.items()})
+    parts = CUTS[data.partition](drawn, data.num_clients, **own)
+    if "alpha" in own and len(parts) == data.num_clients > 1:
+        logger.warning(
+            "data.partition=%s: every client has a domain to itself, so data.alpha=%s divides "
+            "nothing; raise data.num-clients=%d",
+            *(data.partition, data.alpha, data.num_clients),
+        )
     pieces = [
-        rows
+        {split: together(small[split][1], rows[split]) for split in SPLITS}
         for number, part in enumerate(parts)
-        for rows in _share_out(images, part, data, (seed, "partition", number))
+        for rows in _share_out(drawn, part, data, (seed, "partition", number))
     ]
     clients = [ClientRows(i, _domain(images, rows), rows) for i, rows in enumerate(pieces)]
     return [_few_shot(images, c, data.shots, seed) if data.shots else c for c in clients]

@@ -149,6 +149,12 @@ def shards(images: ImageData, clients: int, *, shards_per_client: int) -> list[P
     The shards are those of the training images; a class's shares are how much of it lies in the
     shards of each client, and they cut the other splits too.
     """
+    if (number := clients * shards_per_client) > (there := len(images.column("train", "label"))):
+        raise UsageError(
+            f"setting data.shards-per-client={shards_per_client}: {number} shards of {clients} "
+            f"clients; {images.name} has {there} training images; lower it, or lower "
+            f"data.num-clients={clients}"
+        )
     # A class without training images still has its place in the order
     sizes = np.maximum(class_sizes(images, "train"), 1e-6)
     ends = np.cumsum(sizes)

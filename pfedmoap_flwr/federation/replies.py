@@ -1,14 +1,18 @@
-"""What comes back is checked before it counts: sender, names, shapes, dtypes, finite numbers."""
+"""What comes back is checked before it counts: sender, names, shapes, dtypes, numbers, sizes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from pfedmoap_flwr.federation import messages
+from pfedmoap_flwr.federation import messages, strict
+from pfedmoap_flwr.federation.strict import Refused
 from pfedmoap_flwr.methods.base import Upload
-from pfedmoap_flwr.training.exchange import check_tensors
+
+LARGEST_LOSS = 1e9
+MOST_METRICS = 100
 
 
 @dataclass
@@ -16,11 +20,13 @@ class Replies:
     """The replies to one batch of messages, at most one per client.
 
     A reply is matched by the message it replies to: Flower's own error replies (a node that is
-    gone, an expired message) do not carry the node they speak for.
+    gone, an expired message) do not carry the node they speak for. A client's first answer counts,
+    and one to a message that nobody sent is none.
     """
 
     expected: Mapping[int, Message]
     failed: dict[int, str] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
     answered: set[int] = field(default_factory=set)
 
     def sort(self, replies: Iterable[Message]) -> Iterator[tuple[int, RecordDict]]:
@@ -28,19 +34,41 @@ class Replies:
         asked = {message.metadata.message_id: i for i, message in self.expected.items()}
         good: dict[int, RecordDict] = {}
         for reply in replies:
-            client_id = asked[reply.metadata.reply_to_message_id]
+            client_id = asked.get(reply.metadata.reply_to_message_id)
+            if client_id is None or client_id in self.answered:
+                continue
             self.answered.add(client_id)
             if reply.has_error():
-                self.failed[client_id] = reply.error.reason or f"error code {reply.error.code}"
+                reason = strict.shown(reply.error.reason or "")
+                self.failed[client_id] = reason or f"error code {reply.error.code}"
             else:
                 good[client_id] = reply.content
         for client_id in sorted(good):
             yield client_id, good[client_id]
 
+    def refuse(self, client_id: int, error: Exception) -> None:
+        """Leave a client's answer out; whatever it made of the reader is its own fault alone."""
+        reason = str(error) if isinstance(error, Refused) else type(error).__name__
+        self.failed[client_id] = f"refused: {strict.shown(reason)}"
+        self.refused.add(client_id)
+
     def failures(self) -> dict[int, str]:
         """Return {client_id: reason} of all that failed or never answered, in client order."""
-        silent = {i: "no reply" for i in self.expected if i not in self.answered}
+        silent = dict.fromkeys(self.silent(), "no reply")
         return dict(sorted({**silent, **self.failed}.items()))
+
+    def causes(self) -> dict[str, int]:
+        """Return how many failed by cause: "refused", "raised" or "no reply"; none that did not."""
+        found = {
+            "refused": len(self.refused),
+            "raised": len(self.failed.keys() - self.refused),
+            "no reply": len(self.silent()),
+        }
+        return {cause: count for cause, count in found.items() if count}
+
+    def silent(self) -> set[int]:
+        """Return the clients that never answered."""
+        return self.expected.keys() - self.answered
 
 
 @dataclass(frozen=True)
@@ -52,28 +80,73 @@ class Trained:
     metrics: dict[str, float]
 
 
-def check_upload(content: RecordDict, client_id: int, expected: Mapping[str, Tensor]) -> Trained:
+def check_upload(
+    content: RecordDict, client_id: int, expected: Mapping[str, Tensor], most: int
+) -> Trained:
     """Return what a client sent after training; `expected` has an example of each tensor.
 
-    Raises ValueError where it is unfit to be merged.
+    most: how many training images it said it has; no upload weighs more.
+
+    Raises Refused where it is unfit to be merged.
     """
-    metrics = content["metrics"]
-    _check_sender(int(metrics["client"]), client_id)
-    tensors = messages.to_tensors(content["arrays"])
-    check_tensors(tensors, expected)
-    loss = float(metrics["loss"]) if "loss" in metrics else None
-    start = messages.METHOD_METRIC
-    own = {n.removeprefix(start): float(v) for n, v in metrics.items() if n.startswith(start)}
-    return Trained(Upload(tensors, int(metrics["num-examples"])), loss, own)
+    metrics = strict.record(content, "metrics", MetricRecord)
+    _check_sender(metrics, client_id)
+    num_examples = strict.whole(metrics, "num-examples", 1, most)
+    loss = None
+    if "loss" in metrics:
+        loss = strict.number(metrics, "loss", -LARGEST_LOSS, LARGEST_LOSS)
+    own = [name for name in metrics if name.startswith(messages.METHOD_METRIC)]
+    if len(own) > MOST_METRICS or not all(strict.NAME.fullmatch(name) for name in own):
+        raise Refused(f"its metrics are more than {MOST_METRICS}, or have odd names")
+    values = {
+        name.removeprefix(messages.METHOD_METRIC): strict.number(
+            metrics, name, -strict.LARGEST, strict.LARGEST
+        )
+        for name in own
+    }
+    return Trained(Upload(strict.tensors(content, expected), num_examples), loss, values)
 
 
-def check_evaluation(content: RecordDict, client_id: int) -> dict[str, float]:
-    """Return {"personal-accuracy": ...} of a client. Raises ValueError for somebody else's."""
-    metrics = content["metrics"]
-    _check_sender(int(metrics["client"]), client_id)
-    return {name: float(v) for name, v in metrics.items() if name.endswith("-accuracy")}
+def check_evaluation(content: RecordDict, client_id: int, names: Sequence[str]) -> dict[str, float]:
+    """Return {"personal-accuracy": ...} of a client, each from 0 to 1; `names` are all there are.
+
+    Raises Refused for somebody else's, or anything else.
+    """
+    metrics = strict.record(content, "metrics", MetricRecord)
+    _check_sender(metrics, client_id)
+    if odd := metrics.keys() - {"client", *names}:
+        raise Refused(f"there is no accuracy {strict.shown(sorted(odd)[0], 60)!r}")
+    return {name: strict.number(metrics, name, 0, 1) for name in names if name in metrics}
 
 
-def _check_sender(said: int, expected: int) -> None:
-    if said != expected:
-        raise ValueError(f"answered as client {said}, was asked as client {expected}")
+def too_far(
+    trained: Mapping[int, Trained], sent: Mapping[int, Mapping[str, Tensor]], factor: float
+) -> dict[int, str]:
+    """Return why uploads are refused whose step from what was sent is far longer than others'.
+
+    A step is longer than `factor` times the median over clients, in some tensor. With one or two
+    clients nobody can say which is the wrong one. factor 0: none is.
+    """
+    reasons: dict[int, str] = {}
+    steps: dict[str, dict[int, float]] = {}
+    for client_id, answer in trained.items():
+        for name, after in answer.upload.tensors.items():
+            before = sent[client_id].get(name)
+            if before is not None and before.shape == after.shape and after.is_floating_point():
+                step = float((after.double() - before.double()).norm())
+                steps.setdefault(name, {})[client_id] = step
+    for name, lengths in steps.items():
+        usual = median(lengths.values())
+        for client_id, length in lengths.items():
+            if factor and usual and length > factor * usual:
+                reasons[client_id] = (
+                    f"{name} moved {length:.3g}, more than {factor:g} times the median "
+                    f"{usual:.3g} (server.max-step)"
+                )
+    return reasons
+
+
+def _check_sender(metrics: MetricRecord, client_id: int) -> None:
+    said = strict.whole(metrics, "client", 0, strict.MOST_CLIENTS)
+    if said != client_id:
+        raise Refused(f"answered as client {said}, was asked as client {client_id}")

@@ -5,7 +5,6 @@ remembers, such as Adam's moments, lies in the server's state between rounds, an
 checkpoint.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,9 @@ from torch import Tensor
 from pfedmoap_flwr.config import ServerSettings
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.messages import to_arrays, to_tensors
-from pfedmoap_flwr.methods.base import Method, ServerState, Upload, average
+from pfedmoap_flwr.methods.base import Method, ServerState, Upload
+from pfedmoap_flwr.methods.parts.averaging import takes_mean
+from pfedmoap_flwr.methods.parts.mean import average
 
 FLOWERS: dict[str, type[strategy.FedAvg]] = {
     kind.__name__.lower(): kind
@@ -87,18 +88,7 @@ def replace_mean(method: Method[Any, Any], settings: ServerSettings) -> None:
     Raises UsageError for a method that does not take the mean of uploads, where the rule would
     have no say.
     """
-    asked: list[int] = []
-    probe = copy.copy(method)
-
-    def noted(state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
-        asked.append(len(uploads))
-        return dict(state.shared)
-
-    probe.combine = noted  # type: ignore[method-assign]
-    state = probe.start()
-    sent = probe.send(state, [0, 1], train=True)
-    probe.merge(state, {i: Upload(probe.expected(state, t), 1) for i, t in sent.items()})
-    if not asked or not state.shared:
+    if not takes_mean(method):
         raise UsageError(
             f"setting server.rule={settings.rule!r} has no say in {type(method).__name__}, which "
             "does not average what clients upload; use server.rule=average"

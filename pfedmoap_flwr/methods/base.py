@@ -27,10 +27,14 @@ from typing_extensions import TypeVar
 
 from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.clip.load import FrozenClip
-from pfedmoap_flwr.clip.names import Names, NamesEncoder, read_names
+from pfedmoap_flwr.clip.names import EachName, Names, NamesEncoder, read_names
 from pfedmoap_flwr.clip.template import Template
 from pfedmoap_flwr.clip.text import PromptEncoder
 from pfedmoap_flwr.data.federated import Task
+from pfedmoap_flwr.methods.parts import verbalizers
+from pfedmoap_flwr.methods.parts.amsgrad import amsgrad
+from pfedmoap_flwr.methods.parts.mean import average
+from pfedmoap_flwr.methods.parts.reparametrised import WritesContext
 from pfedmoap_flwr.methods.parts.schedules import cosine
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
@@ -73,6 +77,7 @@ class ServerState:
     pool: what a method keeps of each client, by client id; empty for most methods.
     extra: anything else of one method, such as the moments of an optimiser.
     metrics: numbers of a method for the round's line in rounds.jsonl; not part of the checkpoint.
+    lent: by client whose prompts `send` gave it to train with, as ids; kept as metrics are.
     """
 
     shared: dict[str, Tensor]
@@ -80,6 +85,7 @@ class ServerState:
     extra: dict[str, Tensor] = field(default_factory=dict)
     round: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    lent: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Head(nn.Module):
@@ -137,20 +143,32 @@ class Head(nn.Module):
         return {name: t.detach().cpu().clone() for name, t in self.state_dict().items()}
 
 
-class PromptHead(Head):
+class PromptHead(WritesContext, Head):
     """CoOp's learner: ctx (M, D), or (C, M, D) class-specific, in front of the frozen text tower.
 
     Where its vectors stand in a prompt is the setting's template. With prompt.depth those that
-    enter deeper layers follow in the same ctx, so that M is depth times the template's.
+    enter deeper layers follow in the same ctx, so that M is depth times the template's. With
+    prompt.verbalizer=weights, `name_weights` (V,) is learned besides; with prompt.reparametrise,
+    `writer` in place of ctx, which is then computed whenever it is read.
 
     logit^(c) = sim(f(x), g(P^(c))) / tau (pFedMoAP, Eq. 3 and 4).
+
+    prompt: the names of the parameters that make the prompt. They are trained in the same phases,
+    and travel or stay together.
     """
 
     def __init__(self, method: Method[Any, Any]) -> None:
         super().__init__(method)
         prompt, classnames = method.settings.prompt, method.task.classnames
         self.template = prompt.layout(method.clip.n_tokens)
-        self.encoder = method.encoder(self.template)
+        self.verbalizer = prompt.verbalizer
+        if self.verbalizer == "max":
+            verbalizers.check_best(type(self), PromptHead)
+        if self.verbalizer == "weights":
+            count = sum(map(len, method.names))
+            self.name_weights = nn.Parameter(torch.zeros(count, device=self.device))
+            self.prompt += ("name_weights",)
+        self.encoder = self.verbalized(method.encoder(self.template))
         self.logit_scale = method.clip.logit_scale
         self.seed = method.settings.seed
         size = (self.encoder.n_ctx, self.encoder.width)
@@ -159,6 +177,15 @@ class PromptHead(Head):
         for first, words in self.template.starts:
             start = method.clip.embed(words)
             self.ctx.data[..., first : first + len(start), :] = start
+        if prompt.reparametrise != "none":
+            self.let_write(prompt.reparametrise, self.ctx.detach(), self.seed)
+
+    def verbalized(self, encoder: PromptEncoder | NamesEncoder) -> PromptEncoder | NamesEncoder:
+        """Return an encoder that makes of a class's names what this head makes of them.
+
+        Raises UsageError where no class has several.
+        """
+        return verbalizers.verbalized(encoder, self.verbalizer, lambda: self.name_weights)
 
     def normal(self, name: str, *shape: int, std: float = 0.02) -> nn.Parameter:
         """Return a parameter drawn from N(0, std^2), a function of (seed, name)."""
@@ -166,12 +193,13 @@ class PromptHead(Head):
         return nn.Parameter(drawn.to(self.device))
 
     def encode(self) -> Tensor:
-        """Return text features (C, d), unit-norm."""
+        """Return text features (C, d), unit-norm; with prompt.verbalizer=max (V, d)."""
         return self.encoder(self.ctx)
 
     def classify(self, image_features: Tensor, encoded: Tensor) -> Tensor:
-        """Return logits (B, C) of image features (B, d) and text features (C, d)."""
-        return self.logit_scale * (F.normalize(image_features, dim=-1) @ encoded.t())
+        """Return logits (B, C) of image features (B, d) and text features as `encode` has them."""
+        logits = self.logit_scale * (F.normalize(image_features, dim=-1) @ encoded.t())
+        return self.encoder.largest(logits) if isinstance(self.encoder, EachName) else logits
 
 
 S = TypeVar("S", bound=Section, default=Section)
@@ -184,6 +212,7 @@ class Work(Generic[H]):
 
     head: has what the client kept and what it received. received: on the head's device.
     split: the client's images by the name of a split, read when they are asked for.
+    rate: what every learning rate of local training is multiplied by, as the round has it.
     """
 
     client_id: int
@@ -191,6 +220,7 @@ class Work(Generic[H]):
     head: H
     split: Callable[[str], Split]
     received: Tensors
+    rate: float = 1.0
 
     @functools.cached_property
     def images(self) -> Split:
@@ -212,6 +242,8 @@ class Method(Generic[S, H]):
     section: the class of its own settings; their keys begin with the method's name.
     head: the class of its head. reading: what the head gets of an image, see `reads`.
     personal: parameters, or modules of them, that never leave a client.
+    of_classes: those of them that belong to the trained classes, and that may stay as they start
+    where a head is measured on others.
     fidelity: how close it is to its paper, in a few words; its page in docs/methods says more.
     """
 
@@ -219,6 +251,7 @@ class Method(Generic[S, H]):
     head: ClassVar[type[Head]] = PromptHead
     reading: ClassVar[Reading] = Reading()
     personal: tuple[str, ...] = ()
+    of_classes: ClassVar[tuple[str, ...]] = ()
     fidelity: ClassVar[str] = "faithful"
 
     def __init__(self, settings: LearningSettings, own: S, clip: FrozenClip, task: Task) -> None:
@@ -258,7 +291,7 @@ class Method(Generic[S, H]):
     @functools.cached_property
     def names(self) -> Names:
         """Each class's names, read once: a head is built for every message."""
-        return read_names(self.settings.prompt.names, self.task.classnames)
+        return read_names(self.settings.prompt.names, self.task.classnames, self.task.held_out)
 
     def build(self) -> H:
         """Return a fresh head, the same for every client: its start is a function of the seed."""
@@ -293,12 +326,16 @@ class Method(Generic[S, H]):
     def optimizer(self, work: Work[H], groups: ParamsT) -> torch.optim.Optimizer:
         """Return what moves one head in one phase; groups are {"name": str, "params": [tensor]}.
 
-        "paper": plain SGD. "released": that code's momentum and weight decay.
+        What the settings of `optimizer` say goes over `sgd_options`.
         """
-        return torch.optim.SGD(groups, lr=self.settings.lr, **self.sgd_options())
+        said = self.settings.optimizer
+        if said.name == "amsgrad":
+            return amsgrad(groups, work.head, said.beta1, said.beta2)
+        options = self.sgd_options() | said.of_sgd()
+        return torch.optim.SGD(groups, lr=self.settings.lr, **options)
 
     def sgd_options(self) -> dict[str, Any]:
-        """Return momentum and weight decay of the default optimizer."""
+        """Return momentum and weight decay: "paper": none. "released": those of that code."""
         released = self.settings.compat == "released"
         return {"momentum": 0.9, "weight_decay": 5e-4} if released else {}
 
@@ -315,7 +352,7 @@ class Method(Generic[S, H]):
 
     def is_personal(self, name: str) -> bool:
         """Tell whether a parameter never leaves its client."""
-        return any(name == entry or name.startswith(f"{entry}.") for entry in self.personal)
+        return listed(name, self.personal)
 
     def shared(self, head: H) -> dict[str, Tensor]:
         """Return a CPU copy of every parameter that is not personal."""
@@ -352,21 +389,6 @@ class Method(Generic[S, H]):
         return average(uploads, state.shared)
 
 
-def average(
-    uploads: Mapping[int, Upload], old: Tensors, weights: Mapping[int, float] | None = None
-) -> dict[str, Tensor]:
-    """Return the mean of uploads under the names of `old`, weighted by n_i or by `weights`.
-
-    A tensor counts for the clients that sent it; what nobody sent keeps its old value. The sum is
-    taken in float64 and in client order, so that the order of replies has no say.
-    """
-    weights = weights or {i: float(upload.num_examples) for i, upload in uploads.items()}
-    means = {}
-    for name, before in old.items():
-        senders = sorted(i for i, upload in uploads.items() if name in upload.tensors)
-        total = sum(weights[i] for i in senders)
-        mean = torch.zeros(before.shape, dtype=torch.float64)
-        for i in senders:
-            mean += uploads[i].tensors[name].double() * (weights[i] / total)
-        means[name] = mean.to(before.dtype) if senders else before
-    return means
+def listed(name: str, entries: Sequence[str]) -> bool:
+    """Tell whether a parameter is one of the entries, or of a module that is."""
+    return any(name == entry or name.startswith(f"{entry}.") for entry in entries)

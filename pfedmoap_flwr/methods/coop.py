@@ -6,4 +6,6 @@ from pfedmoap_flwr.methods.base import Method
 class CoOp(Method):
     """The whole prompt is personal: nothing is sent, training goes on from the client's own."""
 
-    personal = ("ctx",)
+    def is_personal(self, name: str) -> bool:
+        """Return True: all that makes the prompt stays."""
+        return True

@@ -92,6 +92,7 @@ class DisPFL(Method[DisPFLSettings, DisPFLHead]):
             draws = self.generator("neighbours", i, state.round + 1)
             near = masks.near(i, state.pool, self.own.topology, self.own.num_neighbours, draws)
             own = state.pool.get(i, newcomer)
+            state.lent[i] = [*near]
             sent[i] = masks.relayed([own, *(state.pool[j] for j in near)])
         return sent
 

@@ -6,9 +6,6 @@ descriptions, and to the patches that it finds in an image (`parts/descriptions.
     loss = CE + l1 mean_c (1 - T_c . D_c) + l2 mean_b SUM_m A_bm (1 - x_bm . T_y)
 """
 
-from pathlib import Path
-
-from pydantic import field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,22 +15,15 @@ from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.methods.base import Method, PromptHead, Tensors
 from pfedmoap_flwr.methods.parts import descriptions
 from pfedmoap_flwr.methods.settings import LearningSettings
-from pfedmoap_flwr.settings import Section, setting
+from pfedmoap_flwr.settings import FilePath, Section, setting
 
 
 class DuAlPTSettings(Section):
     """Settings of DuAl-PT."""
 
-    descriptions: str = setting("", "JSON file of {class: sentence}; empty: the bundled ones")
+    descriptions: FilePath = setting("", "JSON file of {class: sentence}; empty: the bundled ones")
     text_weight: float = setting(1.0, "weight l1 of the descriptions", low=0)
     patch_weight: float = setting(1.0, "weight l2 of the patches", low=0)
-
-    @field_validator("descriptions")
-    @classmethod
-    def _from_any_folder(cls, named: str) -> str:
-        # The processes of a run start in other folders
-        path = Path(named).expanduser()
-        return str(path.resolve()) if named and path.is_file() else named
 
 
 class DuAlPTHead(PromptHead):

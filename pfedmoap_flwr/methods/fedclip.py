@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work, average
+from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.adapters import AdapterHead, adam
 from pfedmoap_flwr.methods.parts.contrast import SameClass, in_batch
+from pfedmoap_flwr.methods.parts.mean import average
 from pfedmoap_flwr.settings import Section, setting
 
 

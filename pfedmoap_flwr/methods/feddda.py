@@ -36,7 +36,7 @@ class FedDDAHead(PromptHead):
             raise UsageError("prompt.template, prompt.depth: feddda has a template of its own")
         sizes = [n_ctx // 2, n_ctx - n_ctx // 2]
         text = f"{{soft:{sizes[0]}}} {{class}} {STYLE} {{soft:{sizes[1]}}}."
-        self.encoder = method.encoder(parse(text, method.clip.n_tokens))
+        self.encoder = self.verbalized(method.encoder(parse(text, method.clip.n_tokens)))
         halves = self.ctx.detach().split(sizes, dim=-2)
         self.ctx, self.local = (nn.Parameter(half.clone()) for half in halves)
         self.common = Bottleneck(width, torch_generator(self.seed, "common")).to(self.device)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import ParamsT
 
-from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work, average
+from pfedmoap_flwr.methods.base import Method, ServerState, Tensors, Upload, Work
 from pfedmoap_flwr.methods.parts.adapters import AdapterHead, TextResidual, adam
 from pfedmoap_flwr.methods.parts.contrast import SameClass, in_batch
+from pfedmoap_flwr.methods.parts.mean import average
 from pfedmoap_flwr.methods.parts.prototypes import Available, Prototypes
 from pfedmoap_flwr.methods.parts.similarity import not_negative, similarities
 from pfedmoap_flwr.randomness import torch_generator
@@ -41,13 +42,18 @@ class FedMPSettings(Section):
 
 
 class FedMPHead(AdapterHead):
-    """`adapter`, the client's `residual` (C, d), and fixed text features (C, d)."""
+    """`adapter`, the client's `residual` (C, d), and fixed text features (C, d).
+
+    stream: whether images are classified one after the other.
+    """
+
+    stream: Tensor
 
     def __init__(self, method: "FedMP") -> None:
         super().__init__(method)
         self.own, start = method.own, torch_generator(method.settings.seed, "residual")
         self.residual = TextResidual(self.text_features, self.own.alpha, self.own.start, start)
-        self.stream = False
+        self.register_buffer("stream", torch.tensor(False, device=self.device))
 
     def encode(self) -> Tensor:
         """Return text features (C, d), in training with the residual."""
@@ -68,6 +74,7 @@ class FedMP(Method[FedMPSettings, FedMPHead]):
     section = FedMPSettings
     head = FedMPHead
     personal = ("residual",)
+    of_classes = ("residual",)
 
     def reports(self) -> dict[str, Tensor]:
         """Return `classes` (d,): SUM_l t'_l over the classes that a client has."""
@@ -94,7 +101,7 @@ class FedMP(Method[FedMPSettings, FedMPHead]):
 
     def adapt(self, work: Work[FedMPHead]) -> None:
         """Measure the client's images as a stream, from which prototypes are made."""
-        work.head.stream = True
+        work.head.stream = torch.ones_like(work.head.stream)
 
     def combine(self, state: ServerState, uploads: Mapping[int, Upload]) -> dict[str, Tensor]:
         """Return the adapters' mean by similarity; the plain mean where nobody is similar."""

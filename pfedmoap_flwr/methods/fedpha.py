@@ -79,7 +79,8 @@ class FedPHA(Method[FedPHASettings, FedPHAHead]):
         generator = self.generator("length", work.client_id, 0)
         length = int(torch.randint(shortest, n_ctx + 1, (), generator=generator))
         head.used = torch.arange(length, device=head.device)
-        head.local_encoder = self.encoder(prompt.layout(self.clip.n_tokens, length))
+        shorter = self.encoder(prompt.layout(self.clip.n_tokens, length))
+        head.local_encoder = head.verbalized(shorter)
 
     def loss(self, head: FedPHAHead, features: Tensor, labels: Tensor, received: Tensors) -> Tensor:
         """Return the four terms; "released": through V2, the third moves ctx as well."""

@@ -48,12 +48,13 @@ class FedRep(Method[FedRepSettings, FedRepHead]):
     section = FedRepSettings
     head = FedRepHead
     personal = ("residual",)
+    of_classes = ("residual",)
     fidelity = "faithful: which head a prompt gets is ours"
 
     def schedule(self, head: FedRepHead, epochs: int) -> list[Phase]:
         """Return the two phases, which share the local epochs."""
         of_prompt = min(self.own.rep_epochs, epochs)
-        return [(epochs - of_prompt, ("residual",)), (of_prompt, ("ctx",))]
+        return [(epochs - of_prompt, ("residual",)), (of_prompt, head.prompt)]
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the head's rate or the prompt's, both constant, as FedRep's code has them."""

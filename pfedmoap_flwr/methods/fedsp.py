@@ -38,7 +38,7 @@ class FedSPHead(PromptHead):
         own, depth = method.own, method.settings.prompt.depth
         if depth > own.blocks:
             raise UsageError(f"setting prompt.depth={depth}: must be <= fedsp.blocks={own.blocks}")
-        self.encoder = method.encoder(self.template, own.blocks)
+        self.encoder = self.verbalized(method.encoder(self.template, own.blocks))
         width = self.encoder.embed_dim
         self.down = self.normal("auxiliary", width, own.auxiliary, std=width**-0.5)
         self.up = nn.Parameter(torch.zeros(own.auxiliary, width, device=self.device))
@@ -61,12 +61,15 @@ class FedSP(Method[FedSPSettings, FedSPHead]):
 
     def schedule(self, head: FedSPHead, epochs: int) -> list[Phase]:
         """Return the two stages: the client's own layer, then the prompt."""
-        return [(epochs, self.personal * bool(head.down.numel())), (epochs, ("ctx",))]
+        return [(epochs, self.personal * bool(head.down.numel())), (epochs, head.prompt)]
 
     def merge(self, state: ServerState, uploads: Mapping[int, Upload]) -> None:
         """Average the prompts, and move the mean until both towers read the same in it."""
         super().merge(state, uploads)
-        whole, part = PromptHead(self).encoder, self.build().encoder
+        heads = PromptHead(self), self.build()
+        for head in heads:
+            head.load(state.shared)
+        whole, part = (head.encoder for head in heads)
         before = state.shared["ctx"].to(self.clip.device)
         after = told_to_both(before, whole, part, self.own.steps, self.own.server_lr)
         state.shared["ctx"] = after.cpu()

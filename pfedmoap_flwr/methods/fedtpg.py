@@ -23,9 +23,9 @@ from pfedmoap_flwr.methods.base import (
     Tensors,
     Upload,
     Work,
-    average,
 )
 from pfedmoap_flwr.methods.parts.generator import PromptGenerator
+from pfedmoap_flwr.methods.parts.mean import average
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section, setting
 

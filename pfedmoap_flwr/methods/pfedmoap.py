@@ -24,7 +24,7 @@ from pfedmoap_flwr.methods.base import (
     Work,
 )
 from pfedmoap_flwr.methods.parts.gate import AttentionGate, LinearGate
-from pfedmoap_flwr.methods.parts.pool import select_experts
+from pfedmoap_flwr.methods.parts.pool import Selection, select_experts, spread
 from pfedmoap_flwr.methods.settings import LearningSettings
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.settings import Section, setting
@@ -38,6 +38,11 @@ class PFedMoAPSettings(Section):
     num_experts: int = setting(9, "borrowed prompts K; 0: gate over the local prompt only", low=0)
     selection: Literal["knn", "random", "farthest", "cosine", "noise"] = setting(
         "knn", "which prompts of the pool; noise: none of them, drawn like a start"
+    )
+    pool_max_age: int = setting(
+        0,
+        "rounds after which a prompt of a client that is away is not lent; 0: it always is",
+        low=0,
     )
     lambda_: float = setting(0.5, "weight of the local logits, Eq. 10", low=0)
     gate: Literal["attention", "linear", "none"] = setting("attention", "how features are mixed")
@@ -157,24 +162,38 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
 
         The pool is the one of the start of the round: `merge` alone writes it, at the end.
         """
-        prompts = {i: entry["ctx"] for i, entry in state.pool.items()}
-        borrowers = [client_id for client_id in client_ids if train and client_id in prompts]
+        borrowers = [client_id for client_id in client_ids if train and client_id in state.pool]
         sent = super().send(state, client_ids, train=train)
         if self.own.selection == "noise":
             for client_id in borrowers:
                 sent[client_id]["experts"] = self._noise(state, client_id)
             return sent
-        chosen = select_experts(
-            prompts,
-            borrowers,
-            self.own.num_experts,
-            self.own.selection,
-            lambda i: torch_generator(self.settings.seed, "experts", state.round + 1, i),
-        )
-        for client_id, ids in chosen.items():
-            empty = prompts[client_id].new_empty((0, *prompts[client_id].shape))
-            sent[client_id]["experts"] = torch.stack([prompts[i] for i in ids]) if ids else empty
+        for client_id, experts in self._experts(state, borrowers, self.own.selection).items():
+            sent[client_id]["experts"] = experts
         return sent
+
+    def _experts(
+        self, state: ServerState, borrowers: Sequence[int], selection: Selection
+    ) -> dict[int, Tensor]:
+        """Return the experts (K, M, D) of each borrower; a client that was away chooses too."""
+        prompts = {i: entry["ctx"] for i, entry in state.pool.items()}
+        age = self.own.pool_max_age
+        lent = {i for i, e in state.pool.items() if not age or state.round - int(e["round"]) < age}
+        groups = [[i for i in borrowers if i in lent], *([i] for i in borrowers if i not in lent)]
+        found = {}
+        for group in groups:
+            chosen = select_experts(
+                {i: prompts[i] for i in (*lent, *group)},
+                group,
+                self.own.num_experts,
+                selection,
+                lambda i: torch_generator(self.settings.seed, "experts", state.round + 1, i),
+            )
+            state.lent |= chosen
+            for client_id, ids in chosen.items():
+                empty = prompts[client_id].new_empty((0, *prompts[client_id].shape))
+                found[client_id] = torch.stack([prompts[i] for i in ids]) if ids else empty
+        return found
 
     def _noise(self, state: ServerState, client_id: int) -> Tensor:
         """Return prompts (K, M, D) that nobody learned, as many as could be borrowed."""
@@ -187,7 +206,9 @@ class PFedMoAP(Method[PFedMoAPSettings, PFedMoAPHead]):
         """Average, and keep each prompt: pool_t[i] <- P_i^t (Eq. 7)."""
         super().merge(state, uploads)
         for client_id, upload in uploads.items():
-            state.pool[client_id] = {"ctx": upload.tensors["ctx"]}
+            newest = torch.tensor(state.round + 1)
+            state.pool[client_id] = {"ctx": upload.tensors["ctx"], "round": newest}
+        state.metrics["pool-distance"] = spread({i: e["ctx"] for i, e in state.pool.items()})
 
 
 def _check_widths(own: PFedMoAPSettings, embed_dim: int) -> None:

@@ -48,7 +48,7 @@ class PFedPT(Method[PFedPTSettings, PFedPTHead]):
 
     def schedule(self, head: PFedPTHead, epochs: int) -> list[Phase]:
         """Return the two phases."""
-        return [(epochs, ("frame",)), (epochs, ("ctx",))]
+        return [(epochs, ("frame",)), (epochs, head.prompt)]
 
     def lr(self, name: str, epoch: int, epochs: int) -> float:
         """Return the frame's own rate, or the prompt's."""

@@ -20,4 +20,6 @@ class PromptFLFT(Method[PromptFLFTSettings]):
         """Fine-tune P_g as in local training; nothing but the head that is measured changes."""
         head, came = work.head, work.received
         head.load(came)
-        fine_tune(self, work, ("ctx",), self.own.epochs, lambda x, y: self.loss(head, x, y, came))
+        fine_tune(
+            self, work, head.prompt, self.own.epochs, lambda x, y: self.loss(head, x, y, came)
+        )

@@ -15,7 +15,7 @@ from pfedmoap_flwr.data.images import ImageData
 from pfedmoap_flwr.data.partition import ClientRows, class_counts
 
 LARGEST = 3  # classes named where there is no room for all
-WIDE = 160  # columns where nobody says how many there are
+UNBOUNDED = 10_000  # columns
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,22 @@ class Entry:
 
 
 def print_catalogue(entries: Sequence[Entry], console: Console) -> None:
-    """Print a row per data set."""
+    """Print a row per data set, and below them the words that no column of a terminal holds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("data.name", no_wrap=True)
     for name in ("classes", "domains", "images"):
         table.add_column(name, justify="right")
     table.add_column("here", no_wrap=True)
-    table.add_column("hub", overflow="fold")
-    table.add_column("licence", overflow="fold")
+    table.add_column("licence", no_wrap=True)
     for entry in entries:
         numbers = (entry.classes, entry.domains, entry.images)
         cells = [f"{number:,}" if number else "-" for number in numbers]
-        source = entry.source
-        table.add_row(source.name, *cells, entry.place, source.hub or "-", source.licence)
-    # A file or a pipe has room for whole lines
-    (console if console.is_terminal else Console(width=WIDE)).print(table)
+        table.add_row(entry.source.name, *cells, entry.place, entry.source.licence)
+    console.print(table)
+    for entry in entries:
+        if entry.source.hub:
+            line = f"{entry.source.name}: hub {entry.source.hub}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_partition(
@@ -82,7 +83,7 @@ def _table(
 
 def narrowest(table: Table, console: Console) -> int:
     """Return the width that a table needs so that no word is broken, however wide the console."""
-    return console.measure(table, options=console.options.update(max_width=WIDE**2)).minimum
+    return console.measure(table, options=console.options.update(max_width=UNBOUNDED)).minimum
 
 
 def _largest(counts: np.ndarray, classnames: Sequence[str]) -> list[str]:

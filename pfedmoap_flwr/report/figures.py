@@ -1,4 +1,4 @@
-"""Pictures of numbers by client: who holds which classes, whom a gate listens to."""
+"""Pictures of numbers by client: who holds which classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,25 +30,6 @@ def draw_partition(
     """Draw training images (clients, C) as a heat map; the suffix decides between PNG and SVG."""
     shown = np.ma.masked_equal(counts, 0)
     _draw(shown, clients, classnames, ("class", "training images"), title, path)
-
-
-def draw_attention(
-    shares: Sequence[Sequence[float]], clients: Sequence[int], title: str, path: Path
-) -> None:
-    """Draw each client's attention by expert (clients, K+1) as a heat map, its own first."""
-    width = max(map(len, shares))
-    grid = np.full((len(shares), width), np.nan)
-    for row, of_client in zip(grid, shares, strict=True):
-        row[: len(of_client)] = of_client
-    experts = ["own", *map(str, range(1, width))]
-    _draw(
-        np.ma.masked_invalid(grid),
-        list(map(str, clients)),
-        experts,
-        ("expert, nearest first", "share of attention"),
-        title,
-        path,
-    )
 
 
 def _draw(

@@ -8,29 +8,36 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from pfedmoap_flwr import methods
-from pfedmoap_flwr.clip.features import Reading
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.methods.pfedmoap import PFedMoAP
-from pfedmoap_flwr.runs.folder import RunFolder, load_settings
-from pfedmoap_flwr.runs.heads import KeptHeads
-from pfedmoap_flwr.training.exchange import make_work
-from pfedmoap_flwr.training.node import Node, node_of
+from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
+from pfedmoap_flwr.runs.find_model import RunModels
+from pfedmoap_flwr.runs.insight import attention, owner_names
+from pfedmoap_flwr.runs.model import Model
 
 
 @dataclass(frozen=True)
 class GateView:
     """One client's gate on its own test images.
 
-    shares: of attention by expert (K+1,), the client's own first; mean over images, heads, classes.
+    owners: whose each expert is (K+1,), the client's own first.
+    by_class: attention by expert and class (K+1, C), mean over images and heads. shares: of it by
+    expert (K+1,), mean over classes.
     entropy: of the attention, mean over the same, divided by log(K+1): 1 is a flat gate.
     cosine: of local and borrowed text features of the same class, mean over classes and experts.
     """
 
     client_id: int
+    owners: tuple[str, ...]
+    by_class: tuple[tuple[float, ...], ...]
     shares: tuple[float, ...]
     entropy: float
     cosine: float
+
+
+def has_gates(models: RunModels) -> bool:
+    """Tell whether the heads of a run have gates to look at."""
+    head = models.method.build()
+    return isinstance(head, PFedMoAPHead) and head.gate is not None
 
 
 def inspect_gates(folder: Path, client_ids: Sequence[int] = ()) -> list[GateView]:
@@ -38,39 +45,40 @@ def inspect_gates(folder: Path, client_ids: Sequence[int] = ()) -> list[GateView
 
     Raises UsageError where the run has no gate, or none has borrowed an expert yet.
     """
-    settings = load_settings(folder)
-    kind = methods.load(settings.method)
-    if kind is not PFedMoAP or settings.own.gate == "none":
-        raise UsageError(f"{folder}: {settings.method} has no gate to look at in this run")
-    node = node_of(settings.clip, settings.data, settings.seed, settings.device, Reading())
-    method = kind(settings, settings.own, node.clip, node.federated.task)
-    heads = Path(settings.state_dir) / RunFolder(folder).run_id
-    wanted = client_ids or sorted(node.federated.clients)
-    views = [_view(method, node, heads / f"client-{i}", i) for i in wanted]
+    return gates_of(RunModels(folder), client_ids)
+
+
+def gates_of(models: RunModels, client_ids: Sequence[int] = ()) -> list[GateView]:
+    """Return `inspect_gates` of a run that is open already."""
+    if not has_gates(models):
+        raise UsageError(
+            f"{models.folder}: {models.settings.method} has no gate to look at in this run"
+        )
+    wanted = client_ids or models.clients
+    views = [_view(models.of(i), models.split(i)("test").features) for i in wanted]
     found = [view for view in views if view]
     if not found:
-        raise UsageError(f"{folder}: no client there has borrowed experts; heads are in {heads}")
+        raise UsageError(f"{models.folder}: no client there has borrowed experts")
     return found
 
 
 @torch.no_grad()
-def _view(method: PFedMoAP, node: Node, folder: Path, client_id: int) -> GateView | None:
-    kept = KeptHeads(folder).load(before=method.settings.num_server_rounds + 1)
-    if kept is None or not len(kept.get("experts", ())):
+def _view(model: Model, images: torch.Tensor) -> GateView | None:
+    head = model.head
+    if not isinstance(head, PFedMoAPHead) or head.gate is None or head.experts is None:
         return None
-    work = make_work(method, client_id, 0, lambda name: node.split(client_id, name), {}, kept)
-    head, images = work.head, node.split(client_id, "test").features
-    if head.gate is None or not len(images):
+    if not len(head.experts) or not len(images):
         return None
     local = head.encode()
-    attention = head.gate.attention(
-        head.reduce(F.normalize(images, dim=-1)), head.all_experts(local)
-    )
-    entropy = -(attention * attention.clamp_min(1e-12).log()).sum(dim=2).mean()
-    borrowed = head.encoder(head.experts)
+    # Of each head apart: the mean of heads that look elsewhere is flatter than any of them
+    weights = head.gate.attention(head.reduce(F.normalize(images, dim=-1)), head.all_experts(local))
+    entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=2).mean()
+    by_class = attention(model, images).mean(dim=0)
     return GateView(
-        client_id=client_id,
-        shares=tuple(attention.mean(dim=(0, 1, 3)).tolist()),
-        entropy=entropy.item() / math.log(attention.shape[2]),
-        cosine=(borrowed * local).sum(-1).mean().item(),
+        client_id=model.meaning.client,
+        owners=tuple(owner_names(model, len(by_class))),
+        by_class=tuple(tuple(row) for row in by_class.tolist()),
+        shares=tuple(by_class.mean(dim=1).tolist()),
+        entropy=entropy.item() / math.log(len(by_class)),
+        cosine=(head.encoder(head.experts) * local).sum(-1).mean().item(),
     )

@@ -1,7 +1,6 @@
 """Terminal tables."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,30 @@ ACCURACIES = {
     "zeroshot_accuracy": "zero-shot accuracy",
     "worst_client_accuracy": "worst client",
 }
+OPEN_CLASSES = {
+    f"{model}_{part}": f"{model.replace('zeroshot', 'zero-shot')}, {name}"
+    for model in ("personal", "global", "zeroshot")
+    for part, name in {
+        "base_accuracy": "base classes",
+        "novel_accuracy": "novel classes",
+        "unseen_accuracy": "unseen domain",
+        "hm": "HM of both",
+        "cm": "CM",
+    }.items()
+}
+
+NEW_CLIENTS = {
+    f"new_{model}_accuracy": f"new clients, {name}"
+    for model, name in {
+        "personal": "personal after adapting",
+        "global": "global",
+        "zeroshot": "zero-shot",
+    }.items()
+}
+VALIDATION = {
+    f"{model}_validation_accuracy": f"{model}, validation images"
+    for model in ("personal", "global")
+}
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -21,7 +44,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         **summary
     )
     table = Table(title=title, show_header=False)
-    for key, name in ACCURACIES.items():
+    for key, name in (ACCURACIES | _open_classes([summary])).items():
         # No client has test images: there is no accuracy
         table.add_row(name, "-" if summary[key] is None else f"{summary[key]:.1%}")
     table.add_row("bytes per client and round", traffic(summary))
@@ -30,27 +53,11 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def print_comparison(
-    summaries: Mapping[str, Sequence[Mapping[str, Any]]], console: Console
-) -> None:
-    """Print one row per method: mean and standard deviation over its seeds."""
-    table = Table(title=f"mean ± standard deviation over {_seeds(summaries)} seeds")
-    table.add_column("method")
-    for name in ACCURACIES.values():
-        table.add_column(name, justify="right")
-    table.add_column("bytes per client and round", justify="right")
-    for method, runs in summaries.items():
-        cells = [spread([r[key] for r in runs if r[key] is not None]) for key in ACCURACIES]
-        table.add_row(method, *cells, traffic(runs[0]))
-    console.print(table)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return "61.2 ± 0.4" in percent, "-" for none; the standard deviation is the sample's."""
-    if not values:
-        return "-"
-    mean = f"{100 * fmean(values):.1f}"
-    return f"{mean} ± {100 * stdev(values):.1f}" if len(values) > 1 else mean
+def outcome(summary: Mapping[str, Any]) -> str:
+    """Return a run's personal accuracy and time, in short."""
+    personal = summary["personal_accuracy"]
+    said = "no test images" if personal is None else f"personal {personal:.1%}"
+    return f"{said}  {summary['seconds']:.0f} s"
 
 
 def traffic(summary: Mapping[str, Any]) -> str:
@@ -65,5 +72,15 @@ def megabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _seeds(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
-    return min(len(runs) for runs in summaries.values())
+def _open_classes(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the accuracies that any run has on what nobody trained, by key.
+
+    Those of validation images stand in for a run's that has measured no others.
+    """
+    known = OPEN_CLASSES | NEW_CLIENTS
+    if all(run["personal_accuracy"] is None for run in summaries):
+        known = VALIDATION | known
+    for key in (key for run in summaries for key in run if key.startswith("on_")):
+        name, _, model = key.removeprefix("on_").removesuffix("_accuracy").rpartition("_")
+        known |= {key: f"on {name}, {model.replace('zeroshot', 'zero-shot')}"}
+    return {k: name for k, name in known.items() if any(k in run for run in summaries)}

@@ -13,6 +13,8 @@ from pfedmoap_flwr.training.stacked import Stack
 
 MOST_STACKED = 64
 """More heads than this do not make a GPU faster."""
+ALWAYS_MEASURED = 256
+"""Images of a batch for which room is reckoned of where this client has fewer."""
 MEMORY_SHARE = 0.5
 """Of the device's memory, for what steps keep for their backward pass."""
 
@@ -24,7 +26,8 @@ def clients_that_fit(method: Method[Any, Any], work: Work[Any]) -> int:
     """
     device = method.clip.device
     frozen = {p.untyped_storage().data_ptr() for p in method.clip.model.parameters()}
-    batch = first_images([work], method.settings.batch_size)
+    count = min(method.settings.batch_size, max(len(work.images), ALWAYS_MEASURED))
+    batch = first_images([work], count)
     needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
     fits = int(MEMORY_SHARE * memory(device)) // max(1, needed)
     return max(1, min(fits, cores() if device.type == "cpu" else MOST_STACKED))

@@ -1,11 +1,12 @@
 """What a client computes: local training and evaluation. Plain PyTorch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pfedmoap_flwr.clip.features import read_blank
 from pfedmoap_flwr.clip.load import FrozenClip
 from pfedmoap_flwr.data.federated import Task
 from pfedmoap_flwr.methods.base import Head, Method, Phase, Split, Work
@@ -42,7 +43,7 @@ def train(
         optimizers = _optimizers(method, works, moving)
         for epoch in range(epochs):
             for group in (group for each in optimizers for group in each.param_groups):
-                group["lr"] = method.lr(group["name"], epoch, epochs)
+                group["lr"] = works[0].rate * method.lr(group["name"], epoch, epochs)
             totals = _one_epoch(stack, optimizers, batches)
         losses = [total / len(w.images) for total, w in zip(totals, works, strict=True)]
     return {work.client_id: loss for work, loss in zip(works, losses, strict=True)}
@@ -72,7 +73,8 @@ def _optimizers(
     moving: Mapping[str, Sequence[Tensor]],
 ) -> list[torch.optim.Optimizer]:
     """Return one optimizer for each head, or a single one for all where it is the default SGD."""
-    if type(method).optimizer is Method.optimizer:
+    moments_of_each = method.settings.optimizer.name == "amsgrad"
+    if type(method).optimizer is Method.optimizer and not moments_of_each:
         groups = [{"name": name, "params": list(ps)} for name, ps in moving.items()]
         return [method.optimizer(works[0], groups)]
     return [
@@ -94,7 +96,8 @@ class _Batches:
 
     def __init__(self, method: Method[Any, Any], works: Sequence[Work[Any]]) -> None:
         self.sizes = [len(work.images) for work in works]
-        self.batch_size = method.settings.batch_size
+        # Room is made for whole batches
+        self.batch_size = min(method.settings.batch_size, max(1, *self.sizes))
         self.features = torch.cat([work.images.features for work in works])
         self.labels = torch.cat([work.images.labels for work in works])
         self.generators = [method.generator("batches", w.client_id, w.round) for w in works]
@@ -125,18 +128,56 @@ class _Batches:
 
 
 @torch.no_grad()
-def accuracies(head: Head, splits: Mapping[str, Split]) -> dict[str, float]:
+def accuracies(
+    head: Head, splits: Mapping[str, Split], blank: Tensor | None = None
+) -> dict[str, float]:
     """Return, by split, the share of images whose largest logit is their label.
 
     Prompts are encoded once for all splits; a split without images has no accuracy.
+
+    blank: what is read of an image without content, by which logits are calibrated.
     """
-    head.eval()
-    encoded = head.encode()
+    logits = classifier(head, blank)
     return {
-        name: _share_right(head.predict(data.features, encoded), data.labels)
+        name: _share_right(logits(data.features), data.labels)
         for name, data in splits.items()
         if len(data)
     }
+
+
+@torch.no_grad()
+def classifier(head: Head, blank: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Return what gives logits (n, C) of what is read of images (n, ...), as they are measured.
+
+    Prompts are encoded once, here. blank: as `accuracies` takes it.
+    """
+    head.eval()
+    encoded = head.encode()
+    prior = None if blank is None else head.predict(blank[None], encoded)
+
+    @torch.no_grad()
+    def logits(features: Tensor) -> Tensor:
+        found = head.predict(features, encoded)
+        return found if prior is None else calibrated(found, prior)
+
+    return logits
+
+
+def blank_for(method: Method[Any, Any]) -> Tensor | None:
+    """Return what a method reads of an image without content; None where nothing is calibrated."""
+    if not method.settings.prompt.calibrate:
+        return None
+    return read_blank(method.clip, type(method).reads(method.own).kind)
+
+
+def calibrated(logits: Tensor, prior: Tensor) -> Tensor:
+    """Return log p(c | x) - log p(c | x0), up to a constant of each image, of logits (n, C).
+
+    prior: logits (1, C) of an input without content, x0. A class that the prompt prefers whatever
+    it is shown loses that preference (contextual calibration: Zhao et al., ICML 2021, arXiv
+    2102.09690; OpenPrompt's `calibrate`, arXiv 2111.01998).
+    """
+    return logits.log_softmax(dim=-1) - prior.log_softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -154,4 +195,7 @@ def zeroshot_accuracies(
 
 
 def _share_right(logits: Tensor, labels: Tensor) -> float:
+    if logits.isnan().any():
+        # Their largest would count as class 0
+        raise ValueError("logits are not finite; lower the learning rate")
     return int((logits.argmax(dim=1) == labels).sum()) / len(labels)

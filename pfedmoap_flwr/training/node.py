@@ -3,6 +3,7 @@
 import functools
 import threading
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ class Node:
         self.dtype = dtype
         self._read: dict[str, Tensor] = {}
         self._others: dict[Reading, Node] = {}
-        self._lock = threading.Lock()
+        self._open: dict[str, Split] = {}
+        self._lock, self._opening = threading.Lock(), threading.Lock()
 
     def reading_as(self, reading: Reading) -> "Node":
         """Return the node of the same images and clients with another reading."""
@@ -45,7 +47,26 @@ class Node:
 
         Only the split asked for is read, the first time from disk or by computing it.
         """
-        rows = self.federated.clients[client_id].rows[name]
+        return self.rows_of(name, self.federated.clients[client_id].rows[name])
+
+    def trained_open_splits(self) -> list[str]:
+        """Return the names of the open splits whose classes are trained."""
+        return [name for name in self.federated.open_rows if name != "novel"]
+
+    def open_split(self, name: str) -> Split:
+        """Return the test images of `Federated.open_rows`, "novel" ones with labels from 0.
+
+        They are put together once: every client and model is measured on the same ones.
+        """
+        with self._opening:
+            if name not in self._open:
+                data = self.rows_of("test", self.federated.open_rows[name])
+                first = len(self.federated.task.classnames) if name == "novel" else 0
+                self._open[name] = Split(data.features, data.labels - first)
+            return self._open[name]
+
+    def rows_of(self, name: str, rows: np.ndarray) -> Split:
+        """Return some images of a split by their rows in it, as `split` does a client's."""
         features = self._features(name)[rows].to(self.clip.device, torch.float32)
         labels = torch.from_numpy(self.federated.images.column(name, "label")[rows])
         return Split(features, labels.to(self.clip.device))
@@ -54,8 +75,10 @@ class Node:
         """Return what is read of all images of a split, (n, ...), of the type kept on disk."""
         with self._lock:
             if name not in self._read:
-                images = self.federated.images.splits[name]
-                self._read[name] = read_images(self.clip, images, self.reading.of(name), self.dtype)
+                data, reading = self.federated.images, self.reading.of(name)
+                self._read[name] = read_images(
+                    self.clip, data.splits[name], reading, self.dtype, data.window
+                )
             return self._read[name]
 
 

@@ -10,6 +10,7 @@ from open_clip import pretrained
 from safetensors.torch import load_file, save_file
 
 from pfedmoap_flwr.assets import asset
+from pfedmoap_flwr.cli.main import main
 from pfedmoap_flwr.clip import weights
 from pfedmoap_flwr.clip.load import FrozenClip, load_clip, resolve_device
 from pfedmoap_flwr.clip.settings import ClipSettings
@@ -161,6 +162,8 @@ def test_weights_that_cannot_be_had_are_said(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host\nsecond line")
 
+    # The hub answers, and then no more
+    monkeypatch.setattr(weights, "get_hf_file_metadata", lambda url, timeout: None)
     monkeypatch.setattr(weights, "download_pretrained", refuse)
     with pytest.raises(UsageError, match=r"no route to host.*clip\.pretrained=/path") as raised:
         frozen_clip("RN50-quickgelu", "openai")
@@ -216,3 +219,24 @@ def test_one_model_serves_a_process() -> None:
     if not torch.cuda.is_available():
         same.append(load_clip(ClipSettings(model="tiny", pretrained="tiny")))
     assert {id(clip) for clip in same} == {id(frozen_clip())}
+
+
+def test_weights_that_are_out_of_reach_are_asked_for_once_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def silent(url: str, *, timeout: float) -> None:
+        asked.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(weights, "download_pretrained", lambda published: pytest.fail("downloads"))
+    words = ["clip.model=ViT-B-32-quickgelu", "clip.pretrained=openai"]
+    assert main(["run", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pfedmoap: weights 'openai' for ViT-B-32-quickgelu could not be loaded")
+    assert error.count("\n") == 1
+    assert asked == [weights.SECONDS]
+    assert not list(tmp_path.iterdir())

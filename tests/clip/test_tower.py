@@ -113,7 +113,8 @@ def test_every_image_can_have_its_own_prompts(tower: ImageTower, layers: int) ->
     found = tower.encode(PIXELS, prompts)
     pairs = zip(PIXELS, prompts, strict=True)
     alone = torch.cat([by_hooks(tower.visual, image[None], own) for image, own in pairs])
-    torch.testing.assert_close(found, alone)
+    # Several images are multiplied at once, which some processors round otherwise: 1.3e-5 was seen
+    torch.testing.assert_close(found, alone, atol=5e-5, rtol=1e-5)
     # An image's feature moves its own prompts alone
     (gradient,) = torch.autograd.grad(found[2].sum(), prompts)
     assert [bool(own.any()) for own in gradient] == [False, False, True, False, False]

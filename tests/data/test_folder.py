@@ -1,7 +1,8 @@
 """Images of one's own: folders, CSV, saved data sets; nodes that each have a folder."""
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.data.images import ImageData, load_images
 from pfedmoap_flwr.data.settings import ImageSettings
 from pfedmoap_flwr.data.sources import folder as folders
+from pfedmoap_flwr.data.sources.scan import scan
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.logs import Slow
 from support.copies import png, read, write_tree
 
 PETS = {"cat": 20, "red_panda": 20}
@@ -102,7 +105,10 @@ def test_a_csv(tmp_path: Path, columns: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("file,class\n", "expected columns path, label and maybe split, domain; found file, class"),
+        (
+            "file,class\n",
+            "expected columns path, label and maybe split, domain; found 'file, class'",
+        ),
         ("path,label\na.png,\n", "line 2"),
         ("path,label,split\na.png,cat,later\n", "line 2"),
     ],
@@ -196,12 +202,12 @@ def test_images_are_decoded_once_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = folders.to_tables(folders.read_tree(write_tree(tmp_path, PETS)))
-    assert folders.broken(tables["train"]) == {}
+    assert scan(tables["train"]).broken == {}
     with monkeypatch.context() as patch:
         patch.setattr("PIL.Image.open", lambda file: pytest.fail("decoded again"))
-        assert folders.broken(tables["train"]) == {}
+        assert scan(tables["train"]).broken == {}
     break_two(tmp_path)
-    assert len(folders.broken(tables["train"])) == 2
+    assert len(scan(tables["train"]).broken) == 2
 
 
 def test_a_missing_file_of_a_csv_is_broken(tmp_path: Path) -> None:
@@ -211,3 +217,45 @@ def test_a_missing_file_of_a_csv_is_broken(tmp_path: Path) -> None:
     images = load(tmp_path / "labels.csv")
     assert images.provenance["broken"] == 2
     assert sum(sizes(images)) == 40
+
+
+# A folder that is none of images
+
+
+def test_a_disk_without_images_is_refused_by_its_first_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder that is read counts: of all there are, no more than the limit asks for."""
+    monkeypatch.setattr(folders, "MOST_OTHERS", 30)
+    for number in range(50):
+        place = tmp_path / f"{number:02d}" / "deep"
+        place.mkdir(parents=True)
+        (place / "a.log").write_text("")
+    seen, walk = [], os.walk
+
+    def counted(*args: Any, **options: Any) -> Iterator[Any]:
+        for found in walk(*args, **options):
+            seen.append(found[0])
+            yield found
+
+    monkeypatch.setattr(os, "walk", counted)
+    said = r"no image is among the first 31 files and folders there, up to .*/09/deep; give the"
+    with pytest.raises(UsageError, match=said):
+        load(tmp_path)
+    assert len(seen) == 21
+
+
+def test_parquet_files_far_below_make_no_copy_of_the_hub(tmp_path: Path) -> None:
+    write_tree(tmp_path, PETS)
+    (tmp_path / "a/b/c/d").mkdir(parents=True)
+    (tmp_path / "a/b/c/d/x.parquet").write_text("none of a data set")
+    assert sizes(load(tmp_path)) == [28, 4, 8]
+
+
+def test_a_scan_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Slow, "FIRST", 0.0)
+    load(write_tree(tmp_path, PETS))
+    assert f"reading {tmp_path}: 0 images among 0 files and folders so far" in caplog.text
+    assert "decoding images to find broken ones: " in caplog.text

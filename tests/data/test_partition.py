@@ -235,6 +235,15 @@ def test_a_small_alpha_is_more_skewed(name: str) -> None:
     assert skew(0.3) > 1.3 * skew(100.0)
 
 
+def test_a_dirichlet_that_divides_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    domains = len(IMAGES.domains)
+    partition(IMAGES, settings_of("dirichlet-domain", num_clients=2 * domains), 0)
+    assert not caplog.messages
+    partition(IMAGES, settings_of("dirichlet-domain", num_clients=domains, alpha=0.3), 0)
+    [said] = caplog.messages
+    assert "data.alpha=0.3 divides nothing" in said
+
+
 def test_dirichlet_of_one_domain_is_dirichlet_domain() -> None:
     images = even_table(domains=1)
     one, other = (partition(images, settings_of(n), 5) for n in ("dirichlet", "dirichlet-domain"))

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from support.copies import (
     ON_HUB,
     PER_CLASS,
     hub_names,
+    in_the_cache,
     png,
     read,
     tables,
@@ -119,16 +119,8 @@ def test_labels_are_joined_by_name(source: Source, tmp_path: Path) -> None:
 @every_hub_set
 def test_by_its_name_alone_from_the_cache(source: Source, tmp_path: Path) -> None:
     """What a machine without network does with a data set that it had loaded before."""
-    owner, _, name = source.hub.partition("/")
-    name = datasets.naming.camelcase_to_snakecase(name)
-    cached = tmp_path / "hf" / f"{owner}___{name}" / "default" / "0.0.0" / ("a1" * 20)
     copy = write_parquet(tmp_path / "copy", tables(source, per_class=3))
-    datasets.load_dataset(str(copy), cache_dir=str(tmp_path / "built"))
-    (arrow,) = {path.parent for path in (tmp_path / "built").rglob("*.arrow")}
-    cached.parent.mkdir(parents=True)
-    shutil.copytree(arrow, cached)
-    for file in cached.glob("*.arrow"):
-        file.rename(file.with_name(f"{name}-{file.name.split('-')[-1]}"))
+    in_the_cache(tmp_path, source.hub, copy)
     images = load_images(ImageSettings(name=source.name))
     assert images.provenance["source"] == f"hub: {source.hub}"
     assert images.provenance["revision"] == "a1" * 20

@@ -3,31 +3,28 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from pfedmoap_flwr import config
 from pfedmoap_flwr.data import SPLITS
 from pfedmoap_flwr.engines.in_process import (
     FIRST_NODE_ID,
     InProcessGrid,
-    Workers,
     identify,
-    make_context,
-    serve_in_process,
 )
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation import client
-from pfedmoap_flwr.report import tables
-from pfedmoap_flwr.runs.folder import RunFolder
-from pfedmoap_flwr.settings import Value
+from pfedmoap_flwr.report import render, tables
+from pfedmoap_flwr.report.build import Wishes, build
+from pfedmoap_flwr.report.collect import collect
 from support.copies import write_tree
+from support.federation import Federation, own_context
 from support.tiny import TINY
 
 PETS = {"cat": 20, "red_panda": 20}
@@ -38,40 +35,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def context(number: int, folder: Path, flat: dict[str, Any]) -> Context:
-    node: dict[str, Value] = {"partition-id": number, "num-partitions": 9, "data-dir": str(folder)}
-    return make_context(FIRST_NODE_ID + number, node, config.parse(flat).flat())
-
-
 def query(folder: Path, **flat: Any) -> dict[str, Any]:
     """Return the card of client 3 that has its own folder."""
     identify()
     content = RecordDict({"config": ConfigRecord({"run": "0" * 32})})
     message = Message(content, FIRST_NODE_ID + 3, "query")
-    opened = client.open_client(message, context(3, folder, {**TINY, **flat}))
+    opened = client.open_client(message, own_context(3, folder, {**TINY, **flat}))
     return dict(client.query(opened, message)["card"])
-
-
-Federation = Callable[..., RunFolder]
-
-
-@pytest.fixture
-def federation(tmp_path: Path) -> Federation:
-    """Run nodes that each have a folder; the run folder says what came of it."""
-
-    def run(
-        dirs: Sequence[Path], grid: type[InProcessGrid] = InProcessGrid, **flat: Any
-    ) -> RunFolder:
-        run_dir = tmp_path / "run"
-        settings = {**TINY, "num-server-rounds": 1, "local-epochs": 1, **flat}
-        settings |= {"data.num-clients": len(dirs), "run-dir": str(run_dir)}
-        settings |= {"state-dir": str(run_dir / "clients")}
-        contexts = {FIRST_NODE_ID + i: context(i, path, settings) for i, path in enumerate(dirs)}
-        parsed = config.parse(settings)
-        serve_in_process(grid(Workers(parsed), contexts), parsed.flat())
-        return RunFolder(run_dir)
-
-    return run
 
 
 def node_folder(root: Path, counts: dict[str, int], tests: int = 2) -> Path:
@@ -198,7 +168,7 @@ def test_without_any_test_image_tables_say_so(
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["personal_accuracy"] is summary["worst_client_accuracy"] is None
     tables.print_summary(summary, Console())
-    tables.print_comparison({"pfedmoap": [summary]}, Console())
+    render.print_report(build(collect([run.path]), Wishes()), Console())
     assert "personal accuracy" in capsys.readouterr().out
 
 

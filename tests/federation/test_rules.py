@@ -11,7 +11,8 @@ from pfedmoap_flwr.config import ServerSettings
 from pfedmoap_flwr.engines.in_process import identify
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.federation.rules import FLOWERS, FlowerRule, replace_mean
-from pfedmoap_flwr.methods.base import ServerState, Upload, average
+from pfedmoap_flwr.methods.base import ServerState, Upload
+from pfedmoap_flwr.methods.parts.mean import average
 from support.federation import Federate, assert_same, make_method, tensor_files
 
 
@@ -127,7 +128,7 @@ def test_what_some_clients_alone_were_sent_is_averaged() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["coop", "fedlalr", "zeroshot"])
+@pytest.mark.parametrize("method", ["coop", "incfl", "zeroshot"])
 def test_a_rule_without_a_say_is_refused_before_any_training(
     method: str, federate: Federate
 ) -> None:

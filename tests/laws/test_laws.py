@@ -35,8 +35,8 @@ from pfedmoap_flwr.settings import choices
 from pfedmoap_flwr.training import local
 from support import ROOT
 from support.federation import (
-    Exchange,
     Federate,
+    Recorded,
     assert_same,
     forget_data,
     kept_head,
@@ -45,18 +45,15 @@ from support.federation import (
     right_images,
     rounds,
 )
-from support.laws import every_method
+from support.laws import SHORT, THREE_ROUNDS, every_method
 from support.tiny import NUM_CLIENTS, TINY
-
-SHORT = {"local_epochs": 1, "batch_size": 16}
-
 
 # Law 1
 
 
 @every_method
 def test_1_what_travels_and_what_is_personal_are_disjoint_and_all(
-    method: str, federate: Federate, wire: list[Exchange]
+    method: str, recorded: Callable[..., Recorded]
 ) -> None:
     made = make_method(method)
     head = made.build()
@@ -68,14 +65,18 @@ def test_1_what_travels_and_what_is_personal_are_disjoint_and_all(
     assert shared | personal == trainable
     assert shared & personal == set()
     assert reports & trainable == set()
-    run = federate(method=method, **SHORT)
-    trained = [exchange for exchange in wire if exchange.kind == "train"]
-    assert len(trained) == 2 * NUM_CLIENTS
+    three = recorded(method=method, **THREE_ROUNDS)
+    trained = [exchange for exchange in three.wire if exchange.kind == "train"]
+    assert len(trained) == 3 * 3
     for exchange in trained:
-        assert exchange.up.keys() == (exchange.down.keys() & shared) | reports
-    for exchange in wire:
+        # FedSPA's clients alone upload a shared tensor that did not come down in that round
+        assert exchange.up.keys() == made.expected(made.start(), exchange.down).keys()
+        assert exchange.up.keys() <= shared | reports
+        if method != "fedspa":
+            assert exchange.up.keys() == (exchange.down.keys() & shared) | reports
+    for exchange in three.wire:
         assert exchange.down.keys() & personal == set()
-    state = checkpoint.load(run.path)
+    state = checkpoint.load(three.run.path)
     assert state.shared.keys() == shared
     for tensors in (state.extra, *state.pool.values()):
         assert tensors.keys() & personal == set()
@@ -85,21 +86,18 @@ def test_1_what_travels_and_what_is_personal_are_disjoint_and_all(
 
 
 @every_method
-def test_2_a_repeat_is_bitwise_equal(method: str, reference: Federate, federate: Federate) -> None:
+def test_2_a_repeat_is_bitwise_equal_and_another_seed_is_not(
+    method: str, reference: Federate, federate: Federate
+) -> None:
     torch.manual_seed(1)
-    first = reference(method=method, **SHORT)
-    federate("another/run", method=method, seed=5, num_server_rounds=1, **SHORT)
+    options = {"method": method, **THREE_ROUNDS}
+    first = reference(**options)
+    another = federate("another/run", **{**options, "seed": 5, "num_server_rounds": 1})
     torch.manual_seed(2)
     np.random.seed(2)  # noqa: NPY002 - what a careless method might draw from
     random.seed(2)
-    assert_same(first, federate("second/run", method=method, **SHORT))
-
-
-@every_method
-def test_2_the_seed_is_what_decides(method: str, federate: Federate) -> None:
-    first = federate("first/run", method=method, num_server_rounds=1, **SHORT)
-    second = federate("second/run", method=method, num_server_rounds=1, seed=5, **SHORT)
-    assert rounds(first) != rounds(second)
+    assert_same(first, federate("second/run", **options))
+    assert rounds(first)[:2] != rounds(another)
 
 
 @every_method
@@ -144,15 +142,19 @@ def test_2_seed_client_and_round_decide_the_order_of_images() -> None:
 # Law 7
 
 
+@pytest.fixture(scope="module")
+def untouched() -> str:
+    """The fingerprint of the tiny CLIP as it was read from disk, before any run."""
+    load.forget_clip()
+    return make_method("promptfl").clip.fingerprint
+
+
 @every_method
-def test_7_clip_does_not_change(method: str, federate: Federate) -> None:
+def test_7_clip_does_not_change(method: str, untouched: str, federate: Federate) -> None:
     federate(method=method, **SHORT)
     used = make_method(method).clip
-    load.forget_clip()
-    untouched = make_method(method).clip
-    assert untouched is not used
     # A twin has no fingerprint yet, so it is computed from the weights as they are now
-    assert dataclasses.replace(used).fingerprint == untouched.fingerprint
+    assert dataclasses.replace(used).fingerprint == untouched
     assert {p.grad for p in used.model.parameters()} == {None}
     assert not any(module.training for module in used.model.modules())
 
@@ -187,7 +189,8 @@ def test_8_renumbering_clients_renumbers_results(
     method: str, federate: Federate, renumbered: Callable[[list[int]], None]
 ) -> None:
     order = [2, 0, 3, 1]
-    options = {"method": method, "num_server_rounds": 3, "batch_size": 96, "lr": 0.01}
+    options = {"method": method, "num_server_rounds": 3, "batch_size": 96}
+    options |= {"local_epochs": 1, "lr": 0.02}
     first = federate("first", **options)
     renumbered(order)
     second = federate("second", **options)
@@ -213,13 +216,13 @@ def test_8_renumbering_clients_renumbers_results(
 @pytest.mark.parametrize("compat", ["paper", "released"])
 @pytest.mark.parametrize("num_experts", [0, 2])
 def test_9_pfedmoap_without_gate_and_with_lambda_1_trains_the_prompt_of_promptfl(
-    compat: str, num_experts: int, federate: Federate
+    compat: str, num_experts: int, reference: Federate, federate: Federate
 ) -> None:
-    options = {"num_server_rounds": 3, "fraction_train": 0.75, "compat": compat}
+    options = {**THREE_ROUNDS, "compat": compat}
     neutral = {"pfedmoap.gate": "none", "pfedmoap.lambda": 1.0}
     neutral["pfedmoap.num-experts"] = num_experts
+    theirs = reference(method="promptfl", **options)
     ours = federate("ours", method="pfedmoap", flat=neutral, **options)
-    theirs = federate("theirs", method="promptfl", **options)
     one, other = checkpoint.load(ours.path), checkpoint.load(theirs.path)
     assert torch.equal(one.shared["ctx"], other.shared["ctx"])
     assert not torch.equal(one.shared["ctx"], one.pool[0]["ctx"])
@@ -232,12 +235,12 @@ def test_9_pfedmoap_without_gate_and_with_lambda_1_trains_the_prompt_of_promptfl
 
 @every_method
 def test_10_the_bytes_declared_are_the_bytes_sent(
-    method: str, federate: Federate, wire: list[Exchange]
+    method: str, recorded: Callable[..., Recorded]
 ) -> None:
-    run = federate(method=method, num_server_rounds=3, fraction_train=0.75, **SHORT)
+    three = recorded(method=method, **THREE_ROUNDS)
     down: dict[int, dict[int, int]] = {0: {}, 1: {}, 2: {}, 3: {}}
     up = copy.deepcopy(down)
-    for exchange in wire:
+    for exchange in three.wire:
         # Nothing else that could hold numbers by the thousand
         assert exchange.message.content.keys() == {"arrays", "config"}
         if exchange.kind == "train":
@@ -246,10 +249,10 @@ def test_10_the_bytes_declared_are_the_bytes_sent(
                 arrays = content["arrays"].values()
                 size = sum(array.numpy().nbytes for array in arrays)
                 sent[exchange.round][exchange.client] = size
-    records_ = run.rounds()
+    records_ = three.run.rounds()
     assert {record.round: record.bytes_down for record in records_} == down
     assert {record.round: record.bytes_up for record in records_} == up
-    summary = json.loads((run.path / "summary.json").read_text())
+    summary = json.loads((three.run.path / "summary.json").read_text())
     assert summary["bytes_down"] == sum(sum(sizes.values()) for sizes in down.values())
     assert summary["bytes_up"] == sum(sum(sizes.values()) for sizes in up.values())
 
@@ -258,6 +261,13 @@ def test_10_the_bytes_declared_are_the_bytes_sent(
 
 ALONE = {"prompt.template"}
 """What is refused beside other settings; the law holds for it in tests/methods."""
+
+OF_A_FORM = {
+    "data.window": "-160:240",
+    "data.group-pattern": '/(p[0-9]+)_"\\w',
+    "eval.metrics": "f1, ece",
+}
+"""Texts that cannot be any."""
 
 
 def another(field: FieldInfo) -> Any:
@@ -276,7 +286,7 @@ def changed(method: str) -> dict[str, Any]:
     """A flat configuration in which no setting, of any method, has its default but ALONE."""
     every = config.known_fields(methods.names())
     flat = {key: another(field) for key, field in every.items()}
-    return flat | {key: every[key].default for key in ALONE} | {"method": method}
+    return flat | {key: every[key].default for key in ALONE} | OF_A_FORM | {"method": method}
 
 
 @every_method
@@ -304,22 +314,23 @@ def test_11_settings_survive_being_written_and_read(method: str) -> None:
 
 @every_method
 def test_12_clients_share_no_part_of_a_message(
-    method: str, federate: Federate, wire: list[Exchange]
+    method: str, recorded: Callable[..., Recorded]
 ) -> None:
-    federate(method=method, **SHORT)
+    wire = recorded(method=method, **THREE_ROUNDS).wire
     messages = [m for exchange in wire for m in (exchange.message, exchange.reply)]
     parts: list[Any] = list(messages)
     for message in messages:
         parts += [message.metadata, message.content, *message.content.values()]
         parts += [a for arrays in message.content.array_records.values() for a in arrays.values()]
     assert len({id(part) for part in parts}) == len(parts)
-    before = [copy.deepcopy(message.content) for message in messages[1:]]
-    for arrays in messages[0].content.array_records.values():
+    # Copied together, what they share they share in the copies too; other laws read the messages
+    first, *others = copy.deepcopy([message.content for message in messages])
+    for arrays in first.array_records.values():
         for name, array in arrays.items():
             arrays[name] = Array(np.full_like(array.numpy(), 7))
             array.data = b"spoilt"
-    messages[0].content["config"]["round"] = 7
-    assert [message.content for message in messages[1:]] == before
+    first["config"]["round"] = 7
+    assert others == [message.content for message in messages[1:]]
 
 
 @every_method
@@ -345,11 +356,11 @@ def test_12_the_server_and_its_messages_share_no_storage(method: str) -> None:
 
 
 def overfitting(method: str) -> dict[str, Any]:
-    """Settings with which a method can overfit, where its own test file names any.
+    """Settings with which a method can overfit, where its tests or its own file names any.
 
     A method that holds its clients back, as by a pull, must be let go for it.
     """
-    path = ROOT / "tests" / "paper" / f"test_{method}.py"
+    path = methods.outside.files().get(method, ROOT / "tests" / "paper" / f"test_{method}.py")
     source = path.read_text() if path.is_file() else ""
     found = re.search(r"^OVERFITTING = (.*)$", source, flags=re.MULTILINE)
     return dict(ast.literal_eval(found[1])) if found else {}
@@ -367,7 +378,7 @@ def few_images(method: Method[Any, Any]) -> Split:
 @every_method
 @pytest.mark.parametrize("participation", ["first", "later"])
 def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None:
-    options = {"local_epochs": 200, "lr": 0.01, "batch_size": 8, **overfitting(method)}
+    options = {"local_epochs": 50, "lr": 0.01, "batch_size": 8, **overfitting(method)}
     made = make_method(method, **options)
     data = few_images(made)
     assert data.labels.bincount().tolist() == [2, 2, 2, 2]
@@ -389,7 +400,12 @@ def test_13_one_batch_can_be_overfitted(method: str, participation: str) -> None
         return
     before = made.loss(head, data.features, data.labels, received).item()
     assert local.accuracies(head, {"all": data})["all"] < 1
-    after = local.train(made, [work])[0]
-    assert local.accuracies(head, {"all": data})["all"] == 1
-    assert after is not None
-    assert after < before / 4
+    # Most know the batch by heart long before the last epoch
+    for _ in range(4):
+        after = local.train(made, [work])[0]
+        assert after is not None
+        right = local.accuracies(head, {"all": data})["all"]
+        learned = right == 1 and after < before / 4
+        if learned:
+            break
+    assert learned, (right, after, before)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pfedmoap_flwr.federation import client
-from pfedmoap_flwr.methods.base import Method, ServerState, Split, Upload, Work, average
+from pfedmoap_flwr.methods.base import Method, ServerState, Split, Upload, Work
+from pfedmoap_flwr.methods.parts.mean import average
 from pfedmoap_flwr.methods.promptfl import PromptFL
 from pfedmoap_flwr.training.node import Node
 from support.federation import Exchange, Federate, make_method

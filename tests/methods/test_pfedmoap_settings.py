@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.methods.parts.gate import AttentionGate, LinearGate
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.runs import checkpoint
 from support.federation import Exchange, Federate, make_method, make_work
+from support.laws import SHORT
 from support.tiny import NUM_CLIENTS
 
 
@@ -98,7 +100,7 @@ def test_prompts_and_gates_of_every_kind_run_through(
     federate: Federate,
     wire: list[Exchange],
 ) -> None:
-    run = federate(num_server_rounds=3, local_epochs=1, compat=compat, flat=changes)
+    run = federate(compat=compat, flat=changes, **SHORT)
     assert not any(record.failed for record in run.rounds())
     assert checkpoint.load(run.path).shared["ctx"].shape == shape
     for exchange in trained(wire):
@@ -251,3 +253,23 @@ def test_cosine_chooses_by_direction(federate: Federate, wire: list[Exchange]) -
         others = sorted((i for i in pool if i != exchange.client), key=lambda i: -cosine[i])
         for expert, owner in zip(exchange.down["experts"], others[:2], strict=True):
             assert torch.equal(expert.double().flatten(), pool[owner])
+
+
+# Clients that are away
+
+
+def test_a_prompt_that_is_too_old_is_not_lent_and_its_client_may_borrow() -> None:
+    method = make_method("pfedmoap", **{"pfedmoap.pool-max-age": 2, "pfedmoap.num-experts": 3})
+    state = method.start()
+    prompts = {i: torch.full((4, 32), float(i)) for i in range(4)}
+    for state.round, there in enumerate([(0, 1, 2, 3), (0, 1, 2), (0, 1)]):
+        method.merge(state, {i: Upload({"ctx": prompts[i]}, 1) for i in there})
+    state.round = 3
+    # In round 4: 3 was last there in round 1, 2 in round 2
+    sent = method.send(state, [0, 3], train=True)
+    assert torch.equal(sent[0]["experts"], torch.stack([prompts[1], prompts[2]]))
+    assert torch.equal(sent[3]["experts"], torch.stack([prompts[2], prompts[1], prompts[0]]))
+    state.round = 4
+    assert torch.equal(method.send(state, [0], train=True)[0]["experts"], prompts[1][None])
+    never = make_method("pfedmoap", **{"pfedmoap.num-experts": 3})
+    assert len(never.send(state, [0], train=True)[0]["experts"]) == 3

@@ -11,6 +11,7 @@ from pfedmoap_flwr.methods.base import Split, Upload
 from pfedmoap_flwr.methods.parts import masks
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, Federate, kept_head, make_method, make_work
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -190,11 +191,12 @@ def test_clients_pass_their_masked_prompts_on(federate: Federate, wire: list[Exc
 
 
 @pytest.mark.slow
-def test_9_dense_and_without_neighbours_it_is_local_training(federate: Federate) -> None:
+def test_9_dense_and_without_neighbours_it_is_local_training(
+    reference: Federate, federate: Federate
+) -> None:
     neutral = {**OVERFITTING, "dispfl.num-neighbours": 0, "dispfl.clip": 1e6}
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours/run", method="dispfl", flat=neutral, **options)
-    theirs = federate("theirs/run", method="coop", **options)
+    ours = federate("ours/run", method="dispfl", flat=neutral, **THREE_ROUNDS)
+    theirs = reference(method="coop", **THREE_ROUNDS)
     for i in range(NUM_CLIENTS):
         kept = [kept_head(run, i)["ctx"] for run in (ours, theirs)]
         torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=1e-6)

@@ -141,7 +141,7 @@ def test_a_wrong_file_is_one_line_that_names_the_setting(
 def test_a_file_is_found_from_any_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     flat: dict[str, Any] = {"method": "dualpt", "dualpt.descriptions": file.name}
-    assert config.parse(flat).flat()["dualpt.descriptions"] == str(file.resolve())
+    assert config.absolute(flat)["dualpt.descriptions"] == str(file.resolve())
 
 
 def test_the_prompt_alone_travels(federate: Federate, wire: list[Exchange]) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pfedmoap_flwr.methods.base import ServerState, Upload
 from pfedmoap_flwr.methods.fedamp import cloud, mix
 from support.federation import Exchange, Federate, kept_head, make_method
+from support.laws import SHORT
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -105,8 +106,8 @@ def test_9_listening_to_nobody_it_is_local_training(
     federate: Federate, wire: list[Exchange]
 ) -> None:
     neutral = {"fedamp.alpha-k": 0.0, "fedamp.lambda": 0.0}
-    ours = federate("ours", method="fedamp", flat=neutral, num_server_rounds=3)
-    theirs = federate("theirs", method="coop", num_server_rounds=3)
+    ours = federate("ours", method="fedamp", flat=neutral, num_server_rounds=3, **SHORT)
+    theirs = federate("theirs", method="coop", num_server_rounds=3, **SHORT)
     for i in range(NUM_CLIENTS):
         kept = [kept_head(run, i) for run in (ours, theirs)]
         assert torch.equal(kept[0]["ctx"], kept[1]["ctx"])

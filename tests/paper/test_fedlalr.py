@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from pfedmoap_flwr.methods.base import ServerState, Split, Tensors, Upload
-from pfedmoap_flwr.methods.fedlalr import AMSGrad
+from pfedmoap_flwr.methods.parts.amsgrad import AMSGrad
 from pfedmoap_flwr.training import local
 from support.federation import make_method, make_work
 from support.oracle import numbers, oracle
 
 VECTOR = oracle("fedlalr_amsgrad")
+WIRE = ("ctx", "m.ctx", "vhat.ctx")
 
 
 def steps(
@@ -20,7 +21,7 @@ def steps(
 ) -> AMSGrad:
     """Take one step for each gradient; all tensors are changed in place."""
     groups = [{"name": "ctx", "params": [x]}]
-    optimizer = AMSGrad(groups, m, vhat, settings["beta1"], settings["beta2"])
+    optimizer = AMSGrad(groups, {"ctx": (m, vhat)}, settings["beta1"], settings["beta2"])
     optimizer.param_groups[0]["lr"] = settings["alpha"]
     for gradient in gradients:
         x.grad = numbers(gradient)
@@ -32,21 +33,22 @@ def test_16_two_clients_two_rounds() -> None:
     settings = VECTOR["settings"]
     method = make_method("fedlalr")
     x0 = numbers(VECTOR["x0"])
-    start = {"ctx": x0, "m": torch.zeros_like(x0), "vhat": torch.full_like(x0, 1e-16)}
-    state = ServerState(start)
+    start = {"m.ctx": torch.zeros_like(x0), "vhat.ctx": torch.full_like(x0, 1e-16)}
+    state = ServerState({"ctx": x0}, extra=start)
     for round_ in VECTOR["rounds"]:
         uploads = {}
         for i, (gradients, expected) in enumerate(
             zip(VECTOR["gradients"], round_["clients"], strict=True)
         ):
-            sent = {name: t.clone() for name, t in state.shared.items()}
+            sent = {name: t.clone() for name, t in (state.shared | state.extra).items()}
             scaled = round_["gradient_factor"] * numbers(gradients)
-            optimizer = steps(sent["ctx"], sent["m"], sent["vhat"], scaled.tolist(), settings)
+            x, m, vhat = (sent[name] for name in WIRE)
+            optimizer = steps(x, m, vhat, scaled.tolist(), settings)
             found = {
                 "x": sent["ctx"],
-                "m": sent["m"],
-                "v_hat": sent["vhat"],
-                "v_local": optimizer.v,
+                "m": sent["m.ctx"],
+                "v_hat": sent["vhat.ctx"],
+                "v_local": optimizer.v["ctx"],
             }
             for name, tensor in found.items():
                 torch.testing.assert_close(tensor, numbers(expected[name]), rtol=1e-6, atol=1e-9)
@@ -54,9 +56,10 @@ def test_16_two_clients_two_rounds() -> None:
             # Numbers of images that would move a weighted mean
             uploads[i] = Upload(sent, num_examples=1 + 9 * i)
         method.merge(state, uploads)
-        for name, key in (("ctx", "x"), ("m", "m"), ("vhat", "v_hat")):
+        for name, key in zip(WIRE, ("x", "m", "v_hat"), strict=True):
             expected = numbers(round_["server"][key])
-            torch.testing.assert_close(state.shared[name], expected, rtol=1e-6, atol=1e-9)
+            found_there = (state.shared | state.extra)[name]
+            torch.testing.assert_close(found_there, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_16_the_first_step_and_the_servers_mean() -> None:
@@ -65,11 +68,12 @@ def test_16_the_first_step_and_the_servers_mean() -> None:
     x, m, vhat = numbers([first["x"]]), numbers([0.0]), numbers([0.0])
     optimizer = steps(x, m, vhat, [[first["gradient"]]], first)
     assert m.item() == pytest.approx(first["m"])
-    assert optimizer.v.item() == pytest.approx(first["v"])
+    assert optimizer.v["ctx"].item() == pytest.approx(first["v"])
     assert x.item() == pytest.approx(first["x_after"], rel=1e-6)
     method = make_method("fedlalr")
-    names = {"x": "ctx", "m": "m", "v_hat": "vhat"}
-    state = ServerState({name: torch.zeros(1) for name in names.values()})
+    names = dict(zip(("x", "m", "v_hat"), WIRE, strict=True))
+    zero = torch.zeros(1)
+    state = ServerState({"ctx": zero}, extra={"m.ctx": zero, "vhat.ctx": zero})
     sent = [entry["sent"] for entry in golden["server_mean"] if "sent" in entry]
     uploads = {
         i: Upload({names[n]: torch.tensor([v]) for n, v in values.items()}, 1 + 7 * i)
@@ -77,7 +81,7 @@ def test_16_the_first_step_and_the_servers_mean() -> None:
     }
     method.merge(state, uploads)
     (result,) = (entry["result"] for entry in golden["server_mean"] if "result" in entry)
-    assert {n: state.shared[names[n]].item() for n in names} == result
+    assert {n: (state.shared | state.extra)[names[n]].item() for n in names} == result
 
 
 def test_a_client_trains_the_prompt_alone_and_uploads_its_moments() -> None:
@@ -99,13 +103,13 @@ def test_a_client_trains_the_prompt_alone_and_uploads_its_moments() -> None:
     local.train(method, [work])
     (gradient,) = gradients
     uploaded = method.upload(work)
-    assert uploaded.keys() == {"ctx", "m", "vhat"}
-    torch.testing.assert_close(uploaded["m"], 0.1 * gradient)
-    torch.testing.assert_close(uploaded["vhat"], (0.005 * gradient.square()).clamp_min(1e-16))
+    assert uploaded.keys() == set(WIRE)
+    torch.testing.assert_close(uploaded["m.ctx"], 0.1 * gradient)
+    torch.testing.assert_close(uploaded["vhat.ctx"], (0.005 * gradient.square()).clamp_min(1e-16))
     # Whatever the gradient, a first step has one size in every coordinate
     moved = (uploaded["ctx"] - received["ctx"]).abs()
     large = gradient.abs() > 1e-5
     torch.testing.assert_close(
         moved[large], torch.full_like(moved[large], 0.002 * 0.1 / 0.005**0.5), rtol=1e-3, atol=1e-6
     )
-    assert torch.equal(received["vhat"], state.shared["vhat"])
+    assert torch.equal(received["vhat.ctx"], state.extra["vhat.ctx"])

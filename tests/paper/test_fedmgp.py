@@ -1,7 +1,5 @@
 """FedMGP: diversity and draw against numbers of its public code; where the common groups go."""
 
-from typing import Any
-
 import open_clip
 import pytest
 import torch
@@ -14,6 +12,7 @@ from pfedmoap_flwr.methods.parts.groups import draw, likeness, nearness
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, Federate, make_method, make_work
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -219,10 +218,9 @@ def test_copies_of_some_groups_travel_and_all_stay(
 
 
 @pytest.mark.slow
-def test_9_with_one_group_it_is_promptfl(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours", method="fedmgp", flat={"fedmgp.groups": 1}, **options)
-    theirs = federate("theirs", method="promptfl", **options)
+def test_9_with_one_group_it_is_promptfl(reference: Federate, federate: Federate) -> None:
+    ours = federate("ours", method="fedmgp", flat={"fedmgp.groups": 1}, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     one, other = checkpoint.load(ours.path), checkpoint.load(theirs.path)
     assert torch.equal(one.shared[COMMON][0], other.shared["ctx"])
     assert [r.clients for r in ours.rounds()] == [r.clients for r in theirs.rounds()]

@@ -1,7 +1,5 @@
 """FedPer on a prompt: which tokens are shared, which stay, and its two neutral points."""
 
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +10,7 @@ from pfedmoap_flwr.methods.base import Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder
 from support.federation import Exchange, Federate, make_method, rounds
+from support.laws import THREE_ROUNDS
 from support.tiny import NUM_CLIENTS
 
 
@@ -83,11 +82,13 @@ def test_the_mean_is_weighted_by_the_number_of_images() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compat", ["paper", "released"])
-def test_9_with_every_token_shared_it_is_promptfl(compat: str, federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75, "compat": compat}
+def test_9_with_every_token_shared_it_is_promptfl(
+    compat: str, reference: Federate, federate: Federate
+) -> None:
+    options = {**THREE_ROUNDS, "compat": compat}
     every = {"fedper.shared-fraction": 1.0}
     ours = federate("ours", method="fedper", flat=every, **options)
-    theirs = federate("theirs", method="promptfl", **options)
+    theirs = reference(method="promptfl", **options)
     assert rounds(ours) == rounds(theirs)
     assert torch.equal(
         checkpoint.load(ours.path).shared["ctx"], checkpoint.load(theirs.path).shared["ctx"]
@@ -95,10 +96,9 @@ def test_9_with_every_token_shared_it_is_promptfl(compat: str, federate: Federat
 
 
 @pytest.mark.slow
-def test_9_with_every_token_personal_it_is_coop(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours", method="fedper", flat={"fedper.shared-fraction": 0.0}, **options)
-    theirs = federate("theirs", method="coop", **options)
+def test_9_with_every_token_personal_it_is_coop(reference: Federate, federate: Federate) -> None:
+    ours = federate("ours", method="fedper", flat={"fedper.shared-fraction": 0.0}, **THREE_ROUNDS)
+    theirs = reference(method="coop", **THREE_ROUNDS)
     assert rounds(ours) == rounds(theirs)
     pairs = list(zip(kept_heads(ours, 3), kept_heads(theirs, 3), strict=True))
     assert len(pairs) == 3

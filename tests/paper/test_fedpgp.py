@@ -14,6 +14,7 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.fedpgp import contrast
 from pfedmoap_flwr.runs import checkpoint
 from support.federation import Exchange, Federate, make_method, rounds
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers, oracle
 from support.tiny import CLASSNAMES, NUM_CLIENTS
 
@@ -116,16 +117,17 @@ def test_sigma_travels_and_the_factors_stay(federate: Federate, wire: list[Excha
 
 
 @pytest.mark.slow
-def test_9_without_factors_and_contrast_it_is_promptfl(federate: Federate) -> None:
-    options = {"num_server_rounds": 3, "fraction_train": 0.75}
+def test_9_without_factors_and_contrast_it_is_promptfl(
+    reference: Federate, federate: Federate
+) -> None:
     neutral = {"fedpgp.rank": 0, "fedpgp.mu": 0.0}
-    ours = federate("ours", method="fedpgp", flat=neutral, **options)
-    theirs = federate("theirs", method="promptfl", **options)
+    ours = federate("ours", method="fedpgp", flat=neutral, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     assert rounds(ours) == rounds(theirs)
     assert torch.equal(
         checkpoint.load(ours.path).shared["ctx"], checkpoint.load(theirs.path).shared["ctx"]
     )
-    contrasted = federate("contrast", method="fedpgp", flat={"fedpgp.rank": 0}, **options)
+    contrasted = federate("contrast", method="fedpgp", flat={"fedpgp.rank": 0}, **THREE_ROUNDS)
     assert rounds(contrasted) != rounds(theirs)
 
 

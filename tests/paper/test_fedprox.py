@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from support.federation import Federate, make_method, tensor_files
+from support.laws import THREE_ROUNDS
 
 OVERFITTING = {"fedprox.mu": 0.01}
 
@@ -28,10 +29,9 @@ def test_the_loss_and_its_gradient_are_the_formulas(mu: float) -> None:
 
 
 @pytest.mark.slow
-def test_9_without_the_pull_it_is_promptfl(federate: Federate) -> None:
-    options = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours/run", method="fedprox", flat={"fedprox.mu": 0.0}, **options)
-    theirs = federate("theirs/run", method="promptfl", **options)
+def test_9_without_the_pull_it_is_promptfl(reference: Federate, federate: Federate) -> None:
+    ours = federate("ours/run", method="fedprox", flat={"fedprox.mu": 0.0}, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     assert tensor_files(ours) == tensor_files(theirs)
-    pulled = federate("pulled/run", method="fedprox", flat={"fedprox.mu": 5.0}, **options)
+    pulled = federate("pulled/run", method="fedprox", flat={"fedprox.mu": 5.0}, **THREE_ROUNDS)
     assert tensor_files(pulled) != tensor_files(theirs)

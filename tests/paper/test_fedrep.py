@@ -11,10 +11,11 @@ from pfedmoap_flwr.methods.base import Split, Tensors, Upload
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, Federate, kept_head, make_method, make_work, rounds
+from support.laws import THREE_ROUNDS
 from support.tiny import NUM_CLIENTS
 
 # The prompt moves in the last epochs alone, so give it most of them
-OVERFITTING = {"fedrep.rep-epochs": 150}
+OVERFITTING = {"fedrep.rep-epochs": 38}
 
 
 def images(count: int = 12) -> Split:
@@ -121,11 +122,12 @@ def test_the_prompt_is_averaged_by_images_and_the_head_stays(
 
 
 @pytest.mark.slow
-def test_9_without_epochs_of_the_head_it_is_promptfl(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
+def test_9_without_epochs_of_the_head_it_is_promptfl(
+    reference: Federate, federate: Federate
+) -> None:
     neutral = {"fedrep.rep-epochs": 9, "fedrep.last-epochs": 0}
-    ours = federate("ours/run", method="fedrep", flat=neutral, **options)
-    theirs = federate("theirs/run", method="promptfl", **options)
+    ours = federate("ours/run", method="fedrep", flat=neutral, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     one, other = (checkpoint.load(run.path).shared["ctx"] for run in (ours, theirs))
     assert torch.equal(one, other)
     for record, plain in zip(rounds(ours), rounds(theirs), strict=True):

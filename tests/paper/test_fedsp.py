@@ -13,6 +13,7 @@ from pfedmoap_flwr.methods.parts.towers import apart, told_to_both
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, Federate, kept_head, make_method, make_work
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers
 from support.tiny import NUM_CLIENTS
 
@@ -151,11 +152,12 @@ def test_the_prompt_alone_travels_and_the_layer_stays(
 
 
 @pytest.mark.slow
-def test_9_with_the_whole_tower_and_no_layer_it_is_promptfl(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
+def test_9_with_the_whole_tower_and_no_layer_it_is_promptfl(
+    reference: Federate, federate: Federate
+) -> None:
     neutral = {"fedsp.blocks": 2, "fedsp.auxiliary": 0, "fedsp.steps": 0}
-    ours = federate("ours", method="fedsp", flat=neutral, **options)
-    theirs = federate("theirs", method="promptfl", **options)
+    ours = federate("ours", method="fedsp", flat=neutral, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     one, other = checkpoint.load(ours.path), checkpoint.load(theirs.path)
     assert torch.equal(one.shared["ctx"], other.shared["ctx"])
     assert [r.train_loss for r in ours.rounds()] == [r.train_loss for r in theirs.rounds()]

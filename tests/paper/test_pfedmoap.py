@@ -17,6 +17,7 @@ from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.node import node_of
 from support.federation import Exchange, Federate, kept_head, make_method, make_work
+from support.laws import SHORT
 from support.tiny import NUM_CLIENTS, TINY
 
 
@@ -119,6 +120,7 @@ def test_experts_are_the_nearest_in_the_pool_of_the_round_before(
         num_server_rounds=7,
         fraction_train=fraction,
         lr=0.01,
+        **SHORT,
         flat={"data.num-clients": 6, "pfedmoap.selection": selection},
     )
     pool: dict[int, Tensor] = {}
@@ -177,7 +179,8 @@ def test_random_experts_are_others_and_change(federate: Federate, wire: list[Exc
 def test_k_from_none_to_more_than_there_are(
     num_experts: int, compat: str, federate: Federate, wire: list[Exchange]
 ) -> None:
-    run = federate(num_server_rounds=3, compat=compat, flat={"pfedmoap.num-experts": num_experts})
+    flat = {"pfedmoap.num-experts": num_experts}
+    run = federate(num_server_rounds=3, compat=compat, flat=flat, **SHORT)
     k = min(num_experts, NUM_CLIENTS - 1)
     for exchange in trained(wire):
         if exchange.round > 1:
@@ -191,7 +194,7 @@ def test_k_from_none_to_more_than_there_are(
 def test_a_client_alone_in_the_pool_has_its_gate_to_itself(
     federate: Federate, wire: list[Exchange], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PromptStrategy, "participants", lambda self, number: [1])
+    monkeypatch.setattr(PromptStrategy, "participants", lambda self, number, attempt: [1])
     run = federate(num_server_rounds=2)
     assert trained(wire)[1].down["experts"].shape == (0, 4, 32)
     assert not any(record.failed for record in run.rounds())
@@ -206,7 +209,8 @@ def test_the_gate_never_leaves_its_client(federate: Federate, wire: list[Exchang
     assert {name for e in wire for name in e.up} == {"ctx"}
     with safe_open(run.path / "checkpoint.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert names == {"shared/ctx", *(f"pool/{client}/ctx" for client in range(NUM_CLIENTS))}
+    of_pool = {f"pool/{i}/{name}" for i in range(NUM_CLIENTS) for name in ("ctx", "round")}
+    assert names == {"shared/ctx", *of_pool}
 
 
 def test_every_client_goes_on_with_its_own_gate(federate: Federate, watch: Watch) -> None:

@@ -15,6 +15,7 @@ from pfedmoap_flwr.methods.pfedprompt import PFedPrompt
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.node import node_of
 from support.federation import Exchange, Federate, make_method, make_work, tensor_files
+from support.laws import THREE_ROUNDS
 from support.tiny import NUM_CLIENTS, TINY
 
 WEIGHTS = {"pfedprompt.alpha": 2.0, "pfedprompt.beta": 3.0}
@@ -106,13 +107,13 @@ def test_every_client_remembers_its_own_training_images(
 
 @pytest.mark.slow
 def test_9_the_memory_changes_what_is_measured_as_personal_and_nothing_else(
+    reference: Federate,
     federate: Federate,
 ) -> None:
-    options = {"num_server_rounds": 3, "fraction_train": 0.75}
-    theirs = federate("theirs/run", method="promptfl", **options)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     runs = {
         alpha: federate(
-            f"{alpha}/run", method="pfedprompt", flat={"pfedprompt.alpha": alpha}, **options
+            f"{alpha}/run", method="pfedprompt", flat={"pfedprompt.alpha": alpha}, **THREE_ROUNDS
         )
         for alpha in (0.0, 50.0)
     }

@@ -11,6 +11,7 @@ from pfedmoap_flwr.methods.base import Split
 from pfedmoap_flwr.methods.promptfl_ft import PromptFLFT, PromptFLFTSettings
 from pfedmoap_flwr.training import local
 from support.federation import Exchange, Federate, make_method, make_work, rounds, tensor_files
+from support.laws import THREE_ROUNDS
 from support.tiny import NUM_CLIENTS
 
 
@@ -70,12 +71,12 @@ def test_a_client_without_images_is_measured_with_the_received_prompt() -> None:
 
 
 def test_nothing_of_the_fine_tuning_is_sent_or_kept(
-    federate: Federate, wire: list[Exchange]
+    reference: Federate, federate: Federate, wire: list[Exchange]
 ) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75, "lr": 0.01}
+    options = {**THREE_ROUNDS, "lr": 0.01}
     ours = federate("ours/run", method="promptfl_ft", **options)
     assert {name for e in wire for name in (*e.up, *e.down)} == {"ctx"}
-    theirs = federate("theirs/run", method="promptfl", **options)
+    theirs = reference(method="promptfl", **options)
     assert tensor_files(ours) == tensor_files(theirs)
     for record, plain in zip(ours.rounds(), theirs.rounds(), strict=True):
         assert record.train_loss == plain.train_loss
@@ -85,10 +86,13 @@ def test_nothing_of_the_fine_tuning_is_sent_or_kept(
 
 
 @pytest.mark.slow
-def test_9_without_epochs_the_personal_model_is_the_global_one(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours/run", method="promptfl_ft", flat={"promptfl_ft.epochs": 0}, **options)
-    theirs = federate("theirs/run", method="promptfl", **options)
+def test_9_without_epochs_the_personal_model_is_the_global_one(
+    reference: Federate, federate: Federate
+) -> None:
+    ours = federate(
+        "ours/run", method="promptfl_ft", flat={"promptfl_ft.epochs": 0}, **THREE_ROUNDS
+    )
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     assert tensor_files(ours) == tensor_files(theirs)
     for record in ours.rounds():
         for measured in record.clients.values():

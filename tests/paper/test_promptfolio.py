@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs import checkpoint
 from support.federation import Exchange, Federate, make_method, rounds
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers, oracle
 from support.tiny import NUM_CLIENTS
 
@@ -83,16 +84,15 @@ def test_the_global_prompt_travels_and_the_local_one_stays(
 
 
 @pytest.mark.slow
-def test_9_without_the_local_prompt_it_is_promptfl(federate: Federate) -> None:
-    options = {"num_server_rounds": 3, "fraction_train": 0.75}
+def test_9_without_the_local_prompt_it_is_promptfl(reference: Federate, federate: Federate) -> None:
     neutral = {"promptfolio.theta": 0.0}
-    ours = federate("ours", method="promptfolio", flat=neutral, **options)
-    theirs = federate("theirs", method="promptfl", **options)
+    ours = federate("ours", method="promptfolio", flat=neutral, **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     assert torch.equal(
         checkpoint.load(ours.path).shared["ctx"], checkpoint.load(theirs.path).shared["ctx"]
     )
     assert rounds(ours) == rounds(theirs)
-    mixed = federate("mixed", method="promptfolio", **options)
+    mixed = federate("mixed", method="promptfolio", **THREE_ROUNDS)
     assert rounds(mixed) != rounds(theirs)
 
 

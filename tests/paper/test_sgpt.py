@@ -14,6 +14,7 @@ from pfedmoap_flwr.methods.parts.keys import Keys
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.training import local, stacked
 from support.federation import Exchange, Federate, make_method, make_work
+from support.laws import THREE_ROUNDS
 from support.oracle import numbers, oracle
 from support.works import made_works
 
@@ -267,10 +268,9 @@ def test_a_run_of_the_visual_form_sends_what_it_says(
 
 
 @pytest.mark.slow
-def test_9_the_shared_prompt_is_that_of_promptfl(federate: Federate) -> None:
-    options: dict[str, Any] = {"num_server_rounds": 3, "fraction_train": 0.75}
-    ours = federate("ours", method="sgpt", **options)
-    theirs = federate("theirs", method="promptfl", **options)
+def test_9_the_shared_prompt_is_that_of_promptfl(reference: Federate, federate: Federate) -> None:
+    ours = federate("ours", method="sgpt", **THREE_ROUNDS)
+    theirs = reference(method="promptfl", **THREE_ROUNDS)
     one, other = checkpoint.load(ours.path), checkpoint.load(theirs.path)
     assert torch.equal(one.shared["ctx"], other.shared["ctx"])
     start = make_method("sgpt").start().shared

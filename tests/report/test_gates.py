@@ -35,16 +35,21 @@ def test_shares_and_entropy_are_those_of_the_kept_gate(federate: Federate) -> No
     weights = {name: tensor.double().numpy() for name, tensor in kept.items()}
     query = small["img"] @ weights["gate.query.weight"].T + weights["gate.query.bias"]
     key = small["txt"] @ weights["gate.key.weight"].T + weights["gate.key.bias"]
-    shares, entropies = [], []
+    shares, entropies, attentions = [], [], []
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)
         scores = np.exp(20.0 * np.einsum("bd,kcd->bkc", query[:, part], key[..., part]))
         attention = scores / scores.sum(axis=1, keepdims=True)
+        attentions.append(attention)
         shares.append(attention.mean(axis=(0, 2)))
         entropies.append(-(attention * np.log(attention)).sum(axis=1).mean())
     np.testing.assert_allclose(views[2].shares, np.mean(shares, axis=0), rtol=1e-4)
     assert views[2].entropy == pytest.approx(np.mean(entropies) / np.log(3), rel=1e-4)
     assert sum(views[2].shares) == pytest.approx(1)
+    by_class = np.mean([a.mean(axis=0) for a in attentions], axis=0)
+    np.testing.assert_allclose(views[2].by_class, by_class, rtol=1e-4)
+    owners = [f"client {i}" for i in run.rounds()[-1].lent[2]]
+    assert views[2].owners == ("own", *owners)
     cosines = [(text * texts[0]).sum(-1).mean() for text in texts[1:]]
     assert views[2].cosine == pytest.approx(np.mean(cosines), rel=1e-4)
     assert [view.client_id for view in inspect_gates(run.path, [1, 3])] == [1, 3]
@@ -76,5 +81,4 @@ def test_a_run_without_gates_to_look_at_says_so(
     run = federate(**{"num_server_rounds": 2, "local_epochs": 1, **options})
     with pytest.raises(UsageError, match=said):
         inspect_gates(run.path)
-    assert main(["inspect", str(run.path)]) == 2
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,16 @@ def write_tree(root: Path, counts: dict[str, int], domain: int = 0) -> Path:
         for number in range(count):
             (folder / f"{number}.png").write_bytes(png(label, domain))
     return root
+
+
+def in_the_cache(tmp_path: Path, repository: str, copy: Path) -> None:
+    """Put a copy where `datasets` keeps what it loaded from the hub before."""
+    owner, _, name = repository.partition("/")
+    name = datasets.naming.camelcase_to_snakecase(name)
+    cached = tmp_path / "hf" / f"{owner}___{name}" / "default" / "0.0.0" / ("a1" * 20)
+    datasets.load_dataset(str(copy), cache_dir=str(tmp_path / "built"))
+    (arrow,) = {path.parent for path in (tmp_path / "built").rglob("*.arrow")}
+    cached.parent.mkdir(parents=True)
+    shutil.copytree(arrow, cached)
+    for file in cached.glob("*.arrow"):
+        file.rename(file.with_name(f"{name}-{file.name.split('-')[-1]}"))

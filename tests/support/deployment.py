@@ -18,7 +18,7 @@ from support import ROOT
 
 APP = ROOT
 MARK = "PFEDMOAP_TEST_PROCESSES"
-RUN_SECONDS = 600.0
+RUN_SECONDS = 1800.0
 SLOW_START = "Failed to start local SuperLink within"
 STATUS_SECONDS = 20.0
 POLL_SECONDS = 0.5
@@ -30,18 +30,24 @@ class Processes:
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
         self.environment = {**environment, MARK: uuid4().hex}
+        self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own; its output goes to <name>.log."""
+    def start(
+        self, name: str, command: Sequence[str], *, terminal: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own; it writes to <name>.log, or to a terminal."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
+            output = log.fileno() if terminal is None else terminal
+            process = subprocess.Popen(
                 command,
                 env=self.environment,
                 cwd=self.folder,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def run(
         self, command: Sequence[str], *, check: bool = True, timeout: float = RUN_SECONDS
@@ -95,7 +101,10 @@ class Processes:
         return psutil.wait_procs(self.alive(), timeout=grace)[1]
 
     def end(self) -> None:
-        """Kill all that is left."""
+        """End all that is left."""
+        # nginx writes its title over its environment, and with it the mark
+        for started in self._started:
+            started.terminate()
         while left := self.alive():
             for process in left:
                 with suppress(psutil.NoSuchProcess):

@@ -1,28 +1,38 @@
 """Methods, works and whole federations in one process, and what a run left behind."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message
 from torch import Tensor
 
 from pfedmoap_flwr import config, methods
 from pfedmoap_flwr.clip.load import load_clip
 from pfedmoap_flwr.data.federated import Task, federated
 from pfedmoap_flwr.data.images import forget_images
-from pfedmoap_flwr.engines.in_process import FIRST_NODE_ID, InProcessGrid, run_in_process
+from pfedmoap_flwr.engines.in_process import (
+    FIRST_NODE_ID,
+    InProcessGrid,
+    Workers,
+    make_context,
+    run_in_process,
+    serve_in_process,
+)
 from pfedmoap_flwr.federation import messages
 from pfedmoap_flwr.federation.client import forget_runs
 from pfedmoap_flwr.methods.base import Head, Method, Split, Work
 from pfedmoap_flwr.runs.folder import RunFolder
 from pfedmoap_flwr.runs.heads import KeptHeads
+from pfedmoap_flwr.settings import Value
 from support.tiny import CLASSNAMES, TINY
 
 Federate = Callable[..., RunFolder]
 """The fixture `federate`: a run's name and its changes to the tiny settings -> its folder."""
+Federation = Callable[..., RunFolder]
+"""The fixture `federation`: the folders of nodes and settings -> the folder of their run."""
 
 
 def forget_data() -> None:
@@ -38,7 +48,7 @@ def make_method(name: str, **changes: Any) -> Any:
     settings = config.parse({**TINY, "method": name, **changes})
     clip = load_clip(settings.clip, "cpu")
     task = Task(tuple(CLASSNAMES), "a drawing of {}.")
-    return methods.load(name)(settings, settings.own, clip, task)
+    return methods.make(name, settings, settings.own, clip, task)
 
 
 def make_work(
@@ -65,6 +75,33 @@ def run_tiny(folder: Path, **changes: Any) -> RunFolder:
     return RunFolder(folder)
 
 
+def own_context(number: int, folder: Path, flat: Mapping[str, Any]) -> Context:
+    """Return what Flower gives a client that has a folder of its own."""
+    node: dict[str, Value] = {"partition-id": number, "num-partitions": 9, "data-dir": str(folder)}
+    return make_context(FIRST_NODE_ID + number, node, config.parse(dict(flat)).flat())
+
+
+def run_folders(
+    run_dir: Path, dirs: Sequence[Path], grid: type[InProcessGrid] = InProcessGrid, **flat: Any
+) -> RunFolder:
+    """Run nodes in process that each have a folder; the run folder says what came of it."""
+    settings = {**TINY, "num-server-rounds": 1, "local-epochs": 1, **flat}
+    settings |= {"data.num-clients": len(dirs), "run-dir": str(run_dir)}
+    settings |= {"state-dir": str(run_dir / "clients")}
+    contexts = {FIRST_NODE_ID + i: own_context(i, path, settings) for i, path in enumerate(dirs)}
+    parsed = config.parse(settings)
+    serve_in_process(grid(Workers(parsed), contexts), parsed.flat())
+    return RunFolder(run_dir)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A run and all that travelled in it."""
+
+    run: RunFolder
+    wire: list["Exchange"]
+
+
 @dataclass(frozen=True, eq=False)
 class Exchange:
     """A message, its answer, and copies of the arrays that went down and up."""
@@ -83,11 +120,13 @@ def recording(exchanges: list[Exchange]) -> type[InProcessGrid]:
 
     class RecordingGrid(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            ids: list[str] = []
-            for message in messages:
-                ids += super().push_messages([message])
-                if "arrays" in message.content:
-                    exchanges.append(_exchange(message, self.replies[ids[-1]]))
+            messages = list(messages)
+            ids = list(super().push_messages(messages))
+            exchanges.extend(
+                _exchange(message, self.replies[message_id])
+                for message, message_id in zip(messages, ids, strict=True)
+                if "arrays" in message.content
+            )
             return ids
 
     return RecordingGrid
@@ -136,9 +175,15 @@ def rounds(run: RunFolder) -> list[dict[str, Any]]:
 
 def tensor_files(run: RunFolder) -> dict[str, bytes]:
     """Return the checkpoint and every kept head, byte for byte; a run's id is its own."""
-    files = sorted(run.path.rglob("*.safetensors"))
-    names = [str(path.relative_to(run.path)).replace(run.run_id, "RUN") for path in files]
-    return {name: path.read_bytes() for name, path in zip(names, files, strict=True)}
+    return {
+        str(path.relative_to(run.path)).replace(run.run_id, "RUN"): content(path, run)
+        for path in sorted(run.path.rglob("*.safetensors"))
+    }
+
+
+def content(path: Path, run: RunFolder) -> bytes:
+    """Return what a file holds, with RUN in the place of the run's id."""
+    return path.read_bytes().replace(run.run_id.encode(), b"RUN")
 
 
 def assert_same(run: RunFolder, other: RunFolder) -> None:

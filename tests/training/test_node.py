@@ -157,10 +157,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(f"partition {seed}")
         return partition(images, data, seed)
 
-    def read(clip: Any, images: Any, reading: Reading, dtype: Any) -> Any:
+    def read(clip: Any, images: Any, reading: Reading, dtype: Any, window: Any) -> Any:
         sizes = {96: "train", 32: "validation", 64: "test"}
         done.append(f"{reading.kind} of {sizes[len(images)]}")
-        return read_images(clip, images, reading, dtype)
+        return read_images(clip, images, reading, dtype, window)
 
     monkeypatch.setattr(federated_module, "partition", drawn)
     monkeypatch.setattr(node_module, "read_images", read)

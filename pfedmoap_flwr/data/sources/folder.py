@@ -1,14 +1,11 @@
-"""Tables from files: trees of images, CSV, CoOp's layout, idx files; broken images are found.
+"""Tables from files: trees of images, CSV, CoOp's layout, idx files.
 
 A tree is `[SPLIT/][DOMAIN/]CLASS/image`. Images stay paths until they are read.
 """
 
-import contextlib
 import csv
 import dataclasses
 import gzip
-import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,21 +13,21 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
 
-from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.data.catalogue import CoopLayout, Source
+from pfedmoap_flwr.data.groups import GROUP
+from pfedmoap_flwr.data.labels import SPLIT_NAMES
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.files import replace
+from pfedmoap_flwr.logs import Slow
+from pfedmoap_flwr.settings import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
+DICOM = ".dcm"
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    DICOM,
+)
+MOST_OTHERS = 10_000
+"""Files and folders that are seen before the first image; a second's work, and no data set's."""
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 
 Row = tuple[str, str, str, str]
@@ -38,54 +35,110 @@ Row = tuple[str, str, str, str]
 
 
 def read_tree(root: Path) -> list[Row]:
-    """Return the images below a folder. Raises UsageError where they do not lie in classes."""
+    """Return the images below a folder.
+
+    Raises UsageError where they do not lie in classes, or a link leads to a folder a second time.
+    """
     rows: list[Row] = []
     shapes: dict[int, str] = {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            if not file.lower().endswith(SUFFIXES) or file.startswith("."):
-                continue
+    slow, seen = Slow("reading %s: %d images among %d files and folders so far"), 0
+    for folder, files in _folders(root):
+        slow.at(root, len(rows), seen)
+        seen += 1 + len(files)
+        images = [f for f in sorted(files) if f.lower().endswith(SUFFIXES) and f[0] != "."]
+        if not rows and not images and seen >= MOST_OTHERS:
+            raise UsageError(
+                f"setting data.path={str(root)!r}: no image is among the first {seen:,} files and "
+                f"folders there, up to {readable(folder)}; give the folder where images lie as "
+                "CLASS/x.jpg"
+            )
+        for file in images:
             parts = Path(folder, file).relative_to(root).parts[:-1]
             split = SPLIT_NAMES.get(parts[0].lower(), "") if parts else ""
             above = parts[1:] if split else parts
             shapes.setdefault(len(above) + 10 * bool(split), "/".join([*parts, file]))
+            # At once, for what is no data set may be a whole disk
+            if len(shapes) > 1 or shapes.keys() - {1, 2, 11, 12}:
+                raise UsageError(
+                    f"setting data.path={str(root)!r}: images must all lie as CLASS/x.jpg or all "
+                    "as DOMAIN/CLASS/x.jpg, with or without train/ and test/ above; there is "
+                    f"{' and '.join(map(readable, shapes.values()))}"
+                )
             domain = above[0] if len(above) == 2 else ""
-            rows.append((split, os.path.join(folder, file), above[-1] if above else "", domain))
-    if len(shapes) > 1 or shapes.keys() - {1, 2, 11, 12}:
-        raise UsageError(
-            f"setting data.path={str(root)!r}: images must all lie as CLASS/x.jpg or all as "
-            "DOMAIN/CLASS/x.jpg, with or without train/ and test/ above; there is "
-            f"{' and '.join(shapes.values())}"
-        )
+            image = os.path.join(folder, file)
+            rows.append((split, readable(image), readable(above[-1] if above else ""), domain))
     return [(split or "train", *rest) for split, *rest in rows]  # type: ignore[misc]
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Return the images that a CSV lists; its columns are path, label and maybe split, domain.
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below a root, in order, links followed, with the names of its files.
 
-    Paths are relative to the CSV. Raises UsageError for other columns, and for an unnamed class or
-    an unknown split with its line.
+    Raises UsageError at a folder that was there before: links may lead around for ever.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError:  # it has gone meanwhile
+            continue
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            raise UsageError(
+                f"setting data.path={str(root)!r}: {readable(folder)} is {readable(first)} again, "
+                "by a link; remove the link"
+            )
+        folders.sort()
+        yield folder, files
+
+
+def readable(name: str) -> str:
+    """Return a file's name as text, bytes that are not UTF-8 as \\xe9: no file is called so."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def read_csv(path: Path, group_column: str = "") -> tuple[list[Row], list[str]]:
+    """Return the images that a CSV lists, and each one's group, "" where no column has any.
+
+    Its columns are path, label and maybe split, domain and the groups'. Paths are relative to the
+    CSV. Raises UsageError for other columns, and for an unnamed class or group, an unknown split or
+    what is no CSV with its line.
     """
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"path", "label"} <= set(columns) <= {"path", "label", "split", "domain"}:
+        try:
+            return _listed(path, reader, group_column)
+        except csv.Error as error:
             raise UsageError(
-                f"setting data.path={str(path)!r}: expected columns path, label and maybe split, "
-                f"domain; found {', '.join(columns)}"
+                f"setting data.path={str(path)!r}, line {reader.line_num + 1}: no CSV ({error})"
+            ) from error
+
+
+def _listed(
+    path: Path, reader: "csv.DictReader[str]", group_column: str
+) -> tuple[list[Row], list[str]]:
+    """Return the rows and groups of `read_csv`."""
+    columns = reader.fieldnames or []
+    needed = ["path", "label", *([group_column] if group_column else [])]
+    if not set(needed) <= set(columns) <= {*needed, "split", "domain"}:
+        raise UsageError(
+            f"setting data.path={str(path)!r}: expected columns {', '.join(needed)} and maybe "
+            f"split, domain; found {shown(', '.join(columns))}; data.group-column names one of "
+            "groups, as patients"
+        )
+    rows, groups = [], []
+    for line in reader:
+        split = (line.get("split") or "train").strip().lower()
+        nul = any("\0" in str(value) for value in line.values())
+        if nul or split not in SPLIT_NAMES or not all(line[name] for name in needed):
+            cells = ", ".join(f"a {name}" for name in needed)
+            raise UsageError(
+                f"setting data.path={str(path)!r}, line {reader.line_num}: needs {cells}, a split "
+                f"among {', '.join(SPLIT_NAMES)}; found {shown([*line.values()])}"
             )
-        rows = []
-        for line in reader:
-            split = (line.get("split") or "train").strip().lower()
-            if split not in SPLIT_NAMES or not line["path"] or not line["label"]:
-                raise UsageError(
-                    f"setting data.path={str(path)!r}, line {reader.line_num}: needs a path, a "
-                    f"label, a split among {', '.join(SPLIT_NAMES)}; found {list(line.values())}"
-                )
-            image = str(path.parent / line["path"])
-            rows.append((SPLIT_NAMES[split], image, line["label"], line.get("domain") or ""))
-    return rows
+        image = str(path.parent / line["path"])
+        rows.append((SPLIT_NAMES[split], image, line["label"], line.get("domain") or ""))
+        groups.append(line[group_column] if group_column else "")
+    return rows, groups
 
 
 def find_coop(path: Path, layout: CoopLayout) -> Path | None:
@@ -113,14 +166,21 @@ def read_coop(folder: Path, layout: CoopLayout) -> list[Row]:
     return rows
 
 
-def to_tables(rows: Sequence[Row]) -> dict[str, datasets.Dataset]:
-    """Return tables of image (a path, decoded when read), label and domain, one a split."""
+def to_tables(rows: Sequence[Row], groups: Sequence[str] = ()) -> dict[str, datasets.Dataset]:
+    """Return tables of image (a path, decoded when read), label and domain, one a split.
+
+    groups: of each row, where a column GROUP is to hold them.
+    """
     text = datasets.Value("string")
-    features = datasets.Features(dict.fromkeys(("image", "label", "domain"), text))
+    names = ("image", "label", "domain", *([GROUP] if groups else []))
+    features = datasets.Features(dict.fromkeys(names, text))
+    of_rows: Sequence[tuple[str, ...]] = [(group,) for group in groups] or [()] * len(rows)
     tables = {}
     for split in dict.fromkeys(["train", *(row[0] for row in rows)]):
-        chosen = [row[1:] for row in rows if row[0] == split]
-        columns = zip(("image", "label", "domain"), zip(*chosen, strict=True), strict=False)
+        chosen = [
+            (*row[1:], *group) for row, group in zip(rows, of_rows, strict=True) if row[0] == split
+        ]
+        columns = zip(names, zip(*chosen, strict=True), strict=False)
         content = {name: list(values) for name, values in columns}
         content = content or {name: [] for name in features}
         table = datasets.Dataset.from_dict(content, features=features)
@@ -171,52 +231,3 @@ def _idx(folder: Path, name: str, magic: int) -> np.ndarray:
     if len(head) <= dimensions or head[0] != magic or head[1:].prod() != len(pixels):
         raise UsageError(f"{path} is not an idx file, or is cut off")
     return pixels.reshape(head[1:])
-
-
-def broken(table: datasets.Dataset) -> dict[int, tuple[str, str]]:
-    """Return {row: (path, reason)} of all images that cannot be decoded.
-
-    Every image is decoded once; the answer is kept in the cache folder until a file changes.
-    """
-    names = [str(image["path"] or f"row {row}") for row, image in enumerate(_encoded(table))]
-    marks = [_mark(image) for image in _encoded(table)]
-    digest = hashlib.sha256(json.dumps([names, marks]).encode()).hexdigest()
-    path = cache_folder() / f"decoded-{digest}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return {
-            int(row): (names[int(row)], why) for row, why in json.loads(path.read_text()).items()
-        }
-    reasons = {row: _reason(image) for row, image in enumerate(_encoded(table))}
-    found = {row: why for row, why in reasons.items() if why}
-    with contextlib.suppress(OSError):  # then it is decoded again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, json.dumps(found))
-    return {row: (names[row], why) for row, why in found.items()}
-
-
-def _encoded(table: datasets.Dataset) -> Iterator[dict[str, bytes | str | None]]:
-    images = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    for batch in images.with_format(None).iter(batch_size=100):
-        yield from batch["image"]
-
-
-def _mark(image: dict[str, bytes | str | None]) -> str:
-    """Return what changes when an image does: a hash, or a file's size and time."""
-    if isinstance(content := image["bytes"], bytes):
-        return hashlib.sha256(content).hexdigest()
-    with contextlib.suppress(OSError):
-        status = os.stat(str(image["path"]))
-        return f"{status.st_size} {status.st_mtime_ns}"
-    return "absent"
-
-
-def _reason(image: dict[str, bytes | str | None]) -> str:
-    """Return why an image cannot be decoded, or ""."""
-    content = image["bytes"]
-    try:
-        file = io.BytesIO(content) if isinstance(content, bytes) else str(image["path"])
-        with Image.open(file) as picture:
-            picture.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""

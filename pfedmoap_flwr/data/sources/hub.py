@@ -15,9 +15,12 @@ import huggingface_hub
 import huggingface_hub.constants
 
 from pfedmoap_flwr.data import SPLITS
-from pfedmoap_flwr.data.catalogue import FOLDER, Source
+from pfedmoap_flwr.data.catalogue import Source
+from pfedmoap_flwr.data.labels import SPLIT_NAMES
 from pfedmoap_flwr.errors import UsageError
 
+DEEPEST = 3
+"""Folders where a copy's Parquet files may lie: at the deepest CONFIG/SPLIT/x.parquet."""
 logger = logging.getLogger("flwr.pfedmoap")
 
 
@@ -68,7 +71,9 @@ def offline() -> Iterator[None]:
 
 def is_table(path: Path) -> bool:
     """Tell whether a folder holds what `save_to_disk` wrote, or Parquet files."""
-    return _is_saved(path) or next(path.rglob("*.parquet"), None) is not None
+    # Not below: where the path is a whole disk by mistake, that would take minutes
+    patterns = ("*/" * depth + "*.parquet" for depth in range(DEEPEST))
+    return _is_saved(path) or any(next(path.glob(p), None) is not None for p in patterns)
 
 
 def from_copy(path: Path, source: Source) -> dict[str, datasets.Dataset]:
@@ -103,8 +108,8 @@ def _splits(
     found: datasets.Dataset | datasets.DatasetDict, source: Source
 ) -> dict[str, datasets.Dataset]:
     tables = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    if source.name == FOLDER:
-        tables = {{"val": "validation"}.get(split, split): t for split, t in tables.items()}
+    if source.is_open:
+        tables = {SPLIT_NAMES.get(split, split): t for split, t in tables.items()}
     if missing := [split for split in source.splits if split not in tables]:
         raise UsageError(
             f"{source.name}: expected splits {', '.join(source.splits)}; found "

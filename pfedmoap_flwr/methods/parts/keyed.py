@@ -35,7 +35,7 @@ class KeyedHead(PromptHead):
         if prompt.template or prompt.depth > 1:
             raise UsageError("prompt.template, prompt.depth: sgpt has a template of its own")
         n_ctx = self.ctx_shape[-2] + method.own.tokens
-        self.longer = method.encoder(prompt.layout(method.clip.n_tokens, n_ctx))
+        self.longer = self.verbalized(method.encoder(prompt.layout(method.clip.n_tokens, n_ctx)))
 
     def encode(self) -> Tensor:
         """Return text features (G, C, d) of the shared prompt, held still, with each group's."""

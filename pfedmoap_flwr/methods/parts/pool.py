@@ -43,3 +43,19 @@ def select_experts(
         drawn = torch.randperm(len(ids) - 1, generator=generator(client))[:num_experts].tolist()
         chosen[client] = [ids[i + (i >= own)] for i in drawn]
     return chosen
+
+
+def spread(pool: Mapping[int, Tensor]) -> float:
+    """Return the root of the mean squared distance between two prompts of a pool; 0 of one.
+
+    By sum_ij |p_i - p_j|^2 = 2 N sum_i |p_i - mean|^2: once over the pool, whatever its size. Six
+    digits, so that the number of threads does not show.
+    """
+    count = len(pool)
+    if count < 2:
+        return 0.0
+    mean = torch.zeros_like(next(iter(pool.values())), dtype=torch.float64)
+    for i in sorted(pool):
+        mean += pool[i].double() / count
+    apart = sum(float((pool[i].double() - mean).square().sum()) for i in sorted(pool))
+    return float(f"{(2 * apart / (count - 1)) ** 0.5:.6g}")

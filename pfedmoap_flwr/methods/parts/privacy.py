@@ -1,10 +1,10 @@
-"""Differential privacy of noised gradients: clipping, and what k noised sums reveal together.
+"""Differential privacy of noised sums: clipping, noise, and what k of them reveal together.
 
-A sum of gradients of norm 1 at most, plus N(0, sigma^2) in every entry, is a Gaussian mechanism.
-k of them, each of which may depend on all before, reveal as much as one with mu = sqrt(k) / sigma
-(Dong, Roth, Su, JRSS-B 2022, arXiv 1905.02383, Corollary 3.3). That one is (epsilon, delta)-private
-exactly where (Balle and Wang, ICML 2018, arXiv 1805.06530, Theorem 8), with Phi the normal
-distribution function,
+A sum of gradients, or of clients' updates, of norm 1 at most, plus N(0, sigma^2) in every entry, is
+a Gaussian mechanism. k of them, each of which may depend on all before, reveal as much as one with
+mu = sqrt(k) / sigma (Dong, Roth, Su, JRSS-B 2022, arXiv 1905.02383, Corollary 3.3). That one is
+(epsilon, delta)-private exactly where (Balle and Wang, ICML 2018, arXiv 1805.06530, Theorem 8),
+with Phi the normal distribution function,
 
     delta >= Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)
 
@@ -12,11 +12,14 @@ This is tight: accounting by Renyi divergence gives a larger epsilon for the sam
 """
 
 import math
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 BISECTIONS = 100
+MOST_SUMS = 10**9
 
 
 def clipped(largest: float, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -29,15 +32,30 @@ def clipped(largest: float, *parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part * scale.view(-1, *[1] * (part.dim() - 1)) for part in parts)
 
 
+def clipped_update(largest: float, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an update, all its tensors together scaled to a length of `largest` where longer."""
+    parts = clipped(largest, *(tensor.reshape(1, -1) for tensor in update.values()))
+    return {n: part.view_as(t) for (n, t), part in zip(update.items(), parts, strict=True)}
+
+
 def by_image(losses: Tensor, parameter: Tensor) -> Tensor:
     """Return each image's gradient (B, ...) of its loss, losses (B,), to a parameter (...)."""
+    (gradients,) = by_image_of(losses, [parameter])
+    return gradients
+
+
+def by_image_of(losses: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return each image's gradients (B, ...) to several parameters; 0 for one without a say."""
     # One backward pass for each image, all in one product; torch.func.grad would forbid the hooks
     # with which the memory of a step is measured
     images = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    (gradients,) = torch.autograd.grad(
-        losses, parameter, images, retain_graph=True, is_grads_batched=True
+    found = torch.autograd.grad(
+        losses, parameters, images, retain_graph=True, is_grads_batched=True, allow_unused=True
     )
-    return gradients
+    return [
+        parameter.new_zeros(len(losses), *parameter.shape) if gradient is None else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
 
 
 def clipped_mean(gradients: Tensor, largest: float) -> Tensor:
@@ -60,9 +78,27 @@ def privatised(
     return losses.mean() + shift - shift.detach()
 
 
-def gaussian(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Return N(0, std^2) in every entry, of the shape and on the device of `like`."""
+def gaussian(like: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
+    """Return N(0, std^2) in every entry, of the shape and on the device of `like`.
+
+    generator: None draws from the operating system, which nobody can repeat.
+    """
+    if generator is None:
+        return (std * secret_normal(like.shape)).to(like)
     return (std * torch.randn(like.shape, generator=generator)).to(like)
+
+
+def secret_normal(shape: torch.Size) -> Tensor:
+    """Return N(0, 1) in every entry, float64, of the operating system's own random bytes.
+
+    A generator of PyTorch will not do: on the CPU it keeps 32 bits of its seed, so that whoever
+    sees the noised numbers can try all seeds and take the noise off.
+    """
+    count = math.prod(shape)
+    words = torch.frombuffer(bytearray(os.urandom(8 * count or 8)), dtype=torch.int64)[:count]
+    # 53 bits: the middles of 2^53 equal parts of (0, 1)
+    uniform = ((words & (2**53 - 1)).double() + 0.5) * 2.0**-53
+    return torch.special.ndtri(uniform).view(shape)
 
 
 def noised(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
@@ -93,3 +129,22 @@ def epsilon_of(mu: float, delta: float) -> float:
         else:
             high = middle
     return high
+
+
+def epsilon_after(sums: int, noise: float, delta: float) -> float:
+    """Return the epsilon of so many noised sums, each of norm 1 at most and of std `noise`."""
+    if not sums:
+        return 0.0
+    return epsilon_of(math.sqrt(sums) / noise, delta) if noise else math.inf
+
+
+def sums_within(epsilon: float, noise: float, delta: float) -> int:
+    """Return how many noised sums cost no more than epsilon; 10^9 at the most."""
+    fitting, too_many = 0, MOST_SUMS + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if epsilon_after(middle, noise, delta) <= epsilon:
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting

@@ -1,0 +1,73 @@
+"""A run on the deployed SuperLink of this machine: checked, submitted, and followed to its end."""
+
+import functools
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pfedmoap_flwr.api import Plan, RunResult, settings_and_folder
+from pfedmoap_flwr.clip.weights import find_weights
+from pfedmoap_flwr.deploy.forget import forget_messages
+from pfedmoap_flwr.engines.simulation import flower_environment, flwr, run_through
+from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.runs.place import make_folder, new_folder
+from pfedmoap_flwr.settings import Value
+
+PAUSE_SECONDS = 15.0
+"""Before a run is submitted again: a SuperLink that was killed is started again meanwhile."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server's folder of a kit, on the machine where its SuperLink runs."""
+
+    folder: Path
+
+    @property
+    def database(self) -> Path:
+        """Flower's database. Raises UsageError where the folder is no server's."""
+        path = self.folder / "server.env"
+        try:
+            words = shlex.split(path.read_text(), comments=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} cannot be read: {error}; is this a server's folder?"
+            ) from None
+        state = next((word[6:] for word in words if word.startswith("STATE=")), "")
+        if not state:
+            raise UsageError(f"{path} has no STATE; is this a server's folder?")
+        return Path(state) / "state.db"
+
+    def run(self, plan: Plan, console: Console) -> RunResult:
+        """Run a plan to its end; no message of it stays in Flower's database, however it ends.
+
+        Raises RunFailed with the reason. Says so where the database cannot be cleaned.
+        """
+        program = str(self.folder / "flwr.sh")
+        ask = functools.partial(flwr, environment=flower_environment(), program=program)
+        with console.status("waiting for the nodes ...") as live:
+            try:
+                run_through(ask, plan.settings, plan.run_dir, live, None)
+            finally:
+                self._forget(console)
+        return RunResult.read(plan.run_dir)
+
+    def _forget(self, console: Console) -> None:
+        try:
+            forget_messages(self.database)
+        except UsageError as error:
+            # The run's own ending is what counts
+            said = f"{error}: pfedmoap deploy forget {self.folder}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def plan_deployed(values: Mapping[str, Value]) -> Plan:
+    """Check what can be checked on the server before a run is submitted. Raises UsageError."""
+    settings, run_dir = settings_and_folder(values)
+    find_weights(settings.clip.model, settings.clip.pretrained)
+    run_dir = run_dir or new_folder(settings)
+    make_folder("run-dir", run_dir)
+    return Plan(settings.replace({"run-dir": str(run_dir)}), run_dir)
