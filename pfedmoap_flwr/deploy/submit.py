@@ -2,22 +2,26 @@
 
 import functools
 import shlex
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pfedmoap_flwr.api import Plan, RunResult, settings_and_folder
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.deploy.forget import forget_messages
-from pfedmoap_flwr.engines.simulation import flower_environment, flwr, run_through
-from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.engines.simulation import Ask, flower_environment, flwr, run_through
+from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.runs.place import make_folder, new_folder
 from pfedmoap_flwr.settings import Value
 
 PAUSE_SECONDS = 15.0
 """Before a run is submitted again: a SuperLink that was killed is started again meanwhile."""
+OUTAGE_SECONDS = 120.0
+ASK_AGAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Server:
         ask = functools.partial(flwr, environment=flower_environment(), program=program)
         with console.status("waiting for the nodes ...") as live:
             try:
-                run_through(ask, plan.settings, plan.run_dir, live, None)
+                run_through(through_outages(ask), plan.settings, plan.run_dir, live, None)
             finally:
                 self._forget(console)
         return RunResult.read(plan.run_dir)
@@ -62,6 +66,26 @@ class Server:
             # The run's own ending is what counts
             said = f"{error}: pfedmoap deploy forget {self.folder}"
             console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def through_outages(ask: Ask) -> Ask:
+    """Return what asks again, for two minutes, where a question about a run is not answered.
+
+    A SuperLink that is being started again does not answer; what became of the run, it knows.
+    Raises RunFailed with the last refusal. Only questions: a run might be submitted twice.
+    """
+
+    def asked(words: Sequence[str]) -> dict[str, Any]:
+        deadline = time.monotonic() + OUTAGE_SECONDS
+        while True:
+            try:
+                return ask(words)
+            except RunFailed:
+                if words[0] != "list" or time.monotonic() > deadline:
+                    raise
+                time.sleep(ASK_AGAIN_SECONDS)
+
+    return asked
 
 
 def plan_deployed(values: Mapping[str, Value]) -> Plan:
