@@ -1,13 +1,9 @@
 """What every benchmark needs: where it ran, best-of timing, peak memory, and how it reports."""
 
-import contextlib
-import ctypes
-import gc
 import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -19,6 +15,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from pfedmoap_flwr.training import memory
 
 PACKAGES = ("torch", "flwr", "open_clip_torch", "numpy")
 
@@ -55,32 +53,11 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     On CUDA the allocator counts. On the CPU the resident memory of this process does, so call it
     through `in_fresh_process`: memory that an earlier job freed may be used again unseen.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    _give_back_memory()
-    before = psutil.Process().memory_info().rss
+    memory.forget_peak(device)
+    on_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_cuda else psutil.Process().memory_info().rss
     work()
-    return max(0, peak_resident() - before)
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system and forget the peak so far, where Linux lets us."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says there includes the process that started this one
-        lines = status.read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return max(0, memory.peak(device) - before)
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import in_fresh_process, peak_bytes, peak_resident, report, seconds
+from benchmarks.common import in_fresh_process, peak_bytes, report, seconds
 from pfedmoap_flwr.methods.parts.nearest import nearest
+from pfedmoap_flwr.training import memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, EXPERTS = 16, 9
@@ -85,7 +86,7 @@ def measure(count: int, width: int, data: str, participants: int) -> dict[str, A
     size = 0 if data == "windows" else count * TOKENS * width * 4
     cell: dict[str, Any] = {"cell": "pool", "N": count, "prompt": f"{TOKENS}x{width}", "data": data}
     cell |= {"seconds": took, "pool_gb": size / 1e9, "extra_gb": extra / 1e9}
-    cell["process_gb"] = peak_resident() / 1e9
+    cell["process_gb"] = memory.peak_resident() / 1e9
     if 0 < size <= MAX_BASELINE:
         assert all(baseline(pool, client) == found[client] for client in clients[:2])
         cell["before_s"] = participants * seconds(lambda: baseline(pool, clients[2]), DEVICE, 1)

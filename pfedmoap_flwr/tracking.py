@@ -189,6 +189,7 @@ def numbers(record: Round) -> dict[str, float]:
         "seconds": record.seconds,
         "bytes_down": sum(record.bytes_down.values()),
         "bytes_up": sum(record.bytes_up.values()),
+        "peak_memory": max(record.memory.values(), default=None),
         "failures": len(record.failed),
     }
     for model in ("personal", "global", "zeroshot"):

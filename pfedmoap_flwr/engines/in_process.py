@@ -24,7 +24,7 @@ from pfedmoap_flwr.federation import client
 from pfedmoap_flwr.federation.apps import server_app
 from pfedmoap_flwr.federation.client import Request
 from pfedmoap_flwr.settings import Value
-from pfedmoap_flwr.training import capacity, stacked
+from pfedmoap_flwr.training import capacity, memory, stacked
 
 RUN_ID = 1
 FIRST_NODE_ID = 1000  # not the client id, as in a real federation
@@ -140,6 +140,8 @@ class InProcessGrid(Grid):
 
 def run_in_process(settings: Settings) -> None:
     """Run a whole federation in this process; the ServerApp's exceptions come through."""
+    # Runs that were before this one in the process must not be counted
+    memory.forget_peak(resolve_device(settings.device))
     flat = settings.flat()
     clients = settings.data.num_clients
     contexts = {

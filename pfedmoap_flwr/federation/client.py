@@ -29,7 +29,7 @@ from pfedmoap_flwr.methods.base import Head, Method, Work
 from pfedmoap_flwr.runs.heads import MODEL, KeptHeads, folder_of
 from pfedmoap_flwr.runs.model import Model
 from pfedmoap_flwr.settings import Value
-from pfedmoap_flwr.training import local, stacked
+from pfedmoap_flwr.training import local, memory, stacked
 from pfedmoap_flwr.training.exchange import check_state, make_work, personal_work
 from pfedmoap_flwr.training.node import Node, forget_nodes, node_of
 from pfedmoap_flwr.training.open_classes import OtherClasses
@@ -143,7 +143,7 @@ class Client(Opened):
         Raises UsageError where the head is not finite or cannot be written, or the site's own
         budget is spent; the old one stays.
 
-        With privacy neither the loss nor a method's own numbers go up: no noise is in them.
+        With privacy neither memory, loss nor a method's own numbers go up: no noise is in them.
         """
         upload, unit = self.method.upload(work), self.settings.privacy.unit
         if unit == "client":
@@ -153,6 +153,7 @@ class Client(Opened):
             "num-examples": len(work.images),
         }
         if unit == "none":
+            metrics["memory"] = memory.peak(self.node.clip.device)
             if loss is not None:
                 metrics["loss"] = loss
             own = self.method.metrics(work)

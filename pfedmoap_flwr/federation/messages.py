@@ -3,7 +3,7 @@
 query     down: config {run}
           up:   card (see `handshake`)
 train     down: arrays, config {run, round, trained, best}
-          up:   arrays, metrics {client, num-examples, loss, method.NAME ...}
+          up:   arrays, metrics {client, num-examples, memory, loss, method.NAME ...}
 evaluate  down: arrays, config {run, round, trained, zeroshot, scores, adapt}
           up:   metrics {client, personal-accuracy, global-validation-accuracy ...}, and where they
                 were asked for scores {personal.f1, personal.f1.low, global.auroc.3 ...}

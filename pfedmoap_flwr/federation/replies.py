@@ -8,10 +8,13 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from pfedmoap_flwr.federation import messages, strict
+from pfedmoap_flwr.federation.messages import num_bytes
 from pfedmoap_flwr.federation.strict import Refused
 from pfedmoap_flwr.methods.base import Upload
+from pfedmoap_flwr.runs.record import Round
 
 LARGEST_LOSS = 1e9
+LARGEST_MEMORY = 2**50
 MOST_METRICS = 100
 
 
@@ -73,11 +76,23 @@ class Replies:
 
 @dataclass(frozen=True)
 class Trained:
-    """A client's answer to a train message that passed all checks."""
+    """A client's answer to a train message that passed all checks.
+
+    memory: the most bytes that its process has held; None where privacy keeps it back.
+    """
 
     upload: Upload
     loss: float | None
+    memory: int | None
     metrics: dict[str, float]
+
+    def enter(self, record: Round, client_id: int) -> None:
+        """Write down what the client sent, less its tensors."""
+        record.bytes_up[client_id] = num_bytes(self.upload.tensors)
+        if self.memory is not None:
+            record.memory[client_id] = self.memory
+        if self.metrics:
+            record.client_metrics[client_id] = self.metrics
 
 
 def check_upload(
@@ -95,6 +110,7 @@ def check_upload(
     loss = None
     if "loss" in metrics:
         loss = strict.number(metrics, "loss", -LARGEST_LOSS, LARGEST_LOSS)
+    memory = strict.whole(metrics, "memory", 0, LARGEST_MEMORY) if "memory" in metrics else None
     own = [name for name in metrics if name.startswith(messages.METHOD_METRIC)]
     if len(own) > MOST_METRICS or not all(strict.NAME.fullmatch(name) for name in own):
         raise Refused(f"its metrics are more than {MOST_METRICS}, or have odd names")
@@ -104,7 +120,7 @@ def check_upload(
         )
         for name in own
     }
-    return Trained(Upload(strict.tensors(content, expected), num_examples), loss, values)
+    return Trained(Upload(strict.tensors(content, expected), num_examples), loss, memory, values)
 
 
 def check_evaluation(content: RecordDict, client_id: int, names: Sequence[str]) -> dict[str, float]:

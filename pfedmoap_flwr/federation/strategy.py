@@ -174,12 +174,10 @@ class PromptStrategy(Strategy):
                 f"should (server.min-replies={self.settings.server.min_replies}); {first}"
             )
         for client_id, answer in trained.items():
-            record.bytes_up[client_id] = num_bytes(answer.upload.tensors)
+            answer.enter(record, client_id)
             self.trained[client_id] = record.round
             if client_id in self.state.lent:
                 record.lent[client_id] = self.state.lent[client_id]
-            if answer.metrics:
-                record.client_metrics[client_id] = answer.metrics
         self.state.metrics = {}
         uploads = {i: answer.upload for i, answer in trained.items()}
         if self._mean_is_noised():

@@ -79,6 +79,8 @@ def shown(metric: Metric, value: float) -> str:
     """Return a number in its metric's unit, without it: an accuracy in percent."""
     if metric.unit == "%":
         return f"{100 * value:.1f}"
+    if metric.unit == "MB":
+        return f"{value / 1e6:,.0f}"
     return f"{value:,.0f}" if metric.unit or value >= 100 else f"{value:.3g}"
 
 

@@ -16,7 +16,7 @@ from pfedmoap_flwr.runs.record import Round
 
 Rule = Literal["last", "mean5"]
 RULES = {"last": "after the last round", "mean5": "mean of the last five rounds"}
-Unit = Literal["%", "bytes", "s", ""]
+Unit = Literal["%", "bytes", "MB", "s", ""]
 TITLES = {
     **{
         key.removesuffix("_accuracy"): title
@@ -27,9 +27,17 @@ TITLES = {
     "worst_decile": "worst decile",
     "bytes_down": "bytes down",
     "bytes_up": "bytes up",
+    "peak_memory": "peak memory, MB",
 }
 CHOICES = ("chosen", "best_round")
-COSTS = ("bytes_down", "bytes_up", "seconds", "failures", "epsilon")
+COSTS: dict[str, Unit] = {
+    "bytes_down": "bytes",
+    "bytes_up": "bytes",
+    "peak_memory": "MB",
+    "seconds": "s",
+    "failures": "",
+    "epsilon": "",
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,8 @@ class Metric:
 
     @property
     def unit(self) -> Unit:
-        """An accuracy is a fraction inside and printed in percent."""
-        if self.key in COSTS:
-            return {"bytes_down": "bytes", "bytes_up": "bytes", "seconds": "s"}.get(self.key, "")  # type: ignore[return-value]
-        return "%"
+        """As it is printed: inside, an accuracy is a fraction and memory is in bytes."""
+        return COSTS.get(self.key, "%")
 
     @property
     def is_accuracy(self) -> bool:

@@ -48,6 +48,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         # No client has test images: there is no accuracy
         table.add_row(name, "-" if summary[key] is None else f"{summary[key]:.1%}")
     table.add_row("bytes per client and round", traffic(summary))
+    if "peak_memory" in summary:
+        table.add_row("peak memory of a client's process", megabytes(summary["peak_memory"]))
     table.add_row("failures", str(summary["failures"]))
     table.add_row("seconds", f"{summary['seconds']:.0f}")
     console.print(table)

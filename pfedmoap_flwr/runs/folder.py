@@ -296,6 +296,7 @@ def summarise(settings: Settings, rounds: Sequence[Round]) -> dict[str, Any]:
     """Return what summary.json holds: accuracies of the last evaluation, bytes of all rounds."""
     last = next(r for r in reversed(rounds) if r.clients)
     trained = [r for r in rounds if r.round > 0]
+    held_most = [size for r in trained for size in r.memory.values()]
     spent = [r.metrics["epsilon"] for r in trained if "epsilon" in r.metrics]
     return {
         "method": settings.method,
@@ -318,6 +319,7 @@ def summarise(settings: Settings, rounds: Sequence[Round]) -> dict[str, Any]:
         "bytes_up": sum(sum(r.bytes_up.values()) for r in trained),
         "participations": sum(len(r.bytes_down) for r in trained),
         "failures": sum(len(r.failed) for r in rounds),
+        **({"peak_memory": max(held_most)} if held_most else {}),
         **({"epsilon": spent[-1]} if spent else {}),
     }
 

@@ -6,14 +6,24 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-BY_CLIENT = {"bytes_down", "bytes_up", "failed", "clients", "client_metrics", "new_clients", "lent"}
+BY_CLIENT = {
+    "bytes_down",
+    "bytes_up",
+    "memory",
+    "failed",
+    "clients",
+    "client_metrics",
+    "new_clients",
+    "lent",
+}
 
 
 @dataclass
 class Round:
     """What happened in a round; by client id where it is of clients.
 
-    bytes_down, bytes_up: of training; evaluation only measures. failed: reasons. causes: how many
+    bytes_down, bytes_up: of training; evaluation only measures. memory: the most bytes that a
+    client's process has held. failed: reasons. causes: how many
     answers did not count, by cause. clients: accuracies. metrics, client_metrics: a method's own,
     of the server and of clients. scores: by model and name, where a run asks for any. new_clients:
     accuracies of those that never train. on: of other data sets, by name and model. lent: whose
@@ -25,6 +35,7 @@ class Round:
     train_loss: float | None = None
     bytes_down: dict[int, int] = field(default_factory=dict)
     bytes_up: dict[int, int] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     causes: dict[str, int] = field(default_factory=dict)
     clients: dict[int, dict[str, float]] = field(default_factory=dict)

@@ -22,8 +22,8 @@ Change = Callable[[RecordDict], Any]
 
 def trained() -> RecordDict:
     """What an honest client 2 answers after training."""
-    metrics = MetricRecord({"client": 2, "num-examples": 24, "loss": 1.5, "method.norm": 0.25})
-    return RecordDict({"arrays": to_arrays({"ctx": CTX}), "metrics": metrics})
+    said = {"client": 2, "num-examples": 24, "loss": 1.5, "memory": 10**9, "method.norm": 0.25}
+    return RecordDict({"arrays": to_arrays({"ctx": CTX}), "metrics": MetricRecord(said)})
 
 
 def measured() -> RecordDict:
@@ -35,7 +35,8 @@ def measured() -> RecordDict:
 def test_an_honest_answer_is_what_was_sent() -> None:
     answer = check_upload(trained(), 2, EXPECTED, MOST)
     assert torch.equal(answer.upload.tensors["ctx"], CTX)
-    assert (answer.upload.num_examples, answer.loss, answer.metrics) == (24, 1.5, {"norm": 0.25})
+    assert answer.upload.num_examples == 24
+    assert (answer.loss, answer.memory, answer.metrics) == (1.5, 10**9, {"norm": 0.25})
     assert check_evaluation(measured(), 2, ACCURACIES) == {
         "personal-accuracy": 0.5,
         "global-accuracy": 1.0,
@@ -123,6 +124,10 @@ HOSTILE: dict[str, Change] = {
     "loss Inf": said(loss=float("inf")),
     "loss -1e30": said(loss=-1e30),
     "loss is a list": said(loss=[1.0, 2.0]),
+    "memory below 0": said(memory=-1),
+    "2^63 - 1 bytes of memory": said(memory=2**63 - 1),
+    "memory NaN": said(memory=float("nan")),
+    "a list of memory": said(memory=[1]),
     "a metric NaN": said(**{"method.norm": float("nan")}),
     "a metric's name forges a line": said(**{"method.\n[INFO] run completed": 1.0}),
     "a metric's name of 1 MB": said(**{"method." + "x" * 10**6: 1.0}),
@@ -203,7 +208,7 @@ def steps(*lengths: float) -> tuple[dict[int, Trained], dict[int, dict[str, torc
     unit = torch.zeros(4, 32)
     unit[0, 0] = 1
     answers = {
-        i: Trained(Upload({"ctx": CTX + length * unit}, 1), None, {})
+        i: Trained(Upload({"ctx": CTX + length * unit}, 1), None, None, {})
         for i, length in enumerate(lengths)
     }
     return answers, {i: {"ctx": CTX} for i in answers}

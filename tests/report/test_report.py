@@ -56,6 +56,17 @@ def test_counts_and_numbers_of_rounds_are_no_accuracies(tmp_path: Path) -> None:
     assert cells(choices) == [["coop", "1", "60.0", "15.0"]]
 
 
+def test_peak_memory_is_the_largest_of_a_client_in_megabytes(tmp_path: Path) -> None:
+    for seed, memory in enumerate((7e8, 9e8)):
+        rows = [[0.1, 0.2], [0.5, 0.7]]
+        write_run(tmp_path / f"{seed}", "coop", seed, rows, flat=SMALL, memory=int(memory))
+    costs = table(build(collect([tmp_path]), Wishes()), "cost")
+    titles = [column.title for column in costs.columns]
+    assert cells(costs)[0][titles.index("peak memory, MB")] == "800 ± 141"
+    [row] = csv.DictReader(io.StringIO(render.as_csv(costs)))
+    assert float(row["peak_memory_mean"]) == 8e8
+
+
 def test_the_best_is_marked_and_what_cannot_be_told_from_it(grid: Path) -> None:
     report = build(collect([grid]), Wishes())
     marks = {row[0].text: row[2].mark for row in table(report, "accuracy").rows}

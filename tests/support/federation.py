@@ -170,7 +170,7 @@ def right_images(run: RunFolder) -> dict[tuple[int, int, str], int]:
 
 def rounds(run: RunFolder) -> list[dict[str, Any]]:
     """Return what rounds.jsonl says, apart from the time it took."""
-    return [{**asdict(record), "seconds": None} for record in run.rounds()]
+    return [{**asdict(record), "seconds": None, "memory": None} for record in run.rounds()]
 
 
 def tensor_files(run: RunFolder) -> dict[str, bytes]:

@@ -26,17 +26,21 @@ def write_run(
     domain: str = "",
     partition: str = "",
     validation: float | None = None,
+    memory: int | None = None,
 ) -> Path:
     """Write a run whose global accuracy is half of the personal one, zero-shot 0.2 for everyone.
 
     end: "done", "half" for a run that was stopped, or the reason why it failed. validation: of both
-    models of everybody.
+    models of everybody. memory: what each client's process held.
     """
     folder.mkdir(parents=True)
     asked = len(personal) - 1 + (end == "half")
     values = {"method": method, "seed": seed, "num-server-rounds": asked, **(flat or {})}
     settings = config.parse(values)
     rounds = [_round(number, row) for number, row in enumerate(personal)]
+    if memory is not None:
+        for record in rounds[1:]:
+            record.memory = dict.fromkeys(record.bytes_up, memory)
     if validation is not None:
         for measured in (m for record in rounds for m in record.clients.values()):
             measured |= {f"{model}-validation-accuracy": validation for model in MODELS}
