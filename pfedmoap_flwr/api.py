@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from pfedmoap_flwr import config, logs, methods
+from pfedmoap_flwr import config, files, logs, methods
 from pfedmoap_flwr.clip.load import resolve_device
 from pfedmoap_flwr.clip.weights import get_weights
 from pfedmoap_flwr.config import Settings
@@ -209,7 +209,7 @@ def _continued(run_dir: Path, values: Mapping[str, Value]) -> Settings:
 
 def _check_place(run_dir: Path) -> None:
     """Raise UsageError where no run folder can be made, before any data set is loaded."""
-    there = next(place for place in (run_dir, *run_dir.parents) if place.exists())
+    there = files.nearest(run_dir)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(f"setting run-dir={run_dir}: {there} is no folder that can be written")
 
@@ -260,7 +260,7 @@ def _again(plan: Plan) -> Plan:
     # The server of a run may outlive what submitted it
     with held(plan.run_dir, wait=plan.settings.node_timeout):
         pass
-    if any((plan.run_dir / name).exists() for name in (checkpoint.FILE, checkpoint.BEFORE)):
+    if checkpoint.is_there(plan.run_dir):
         return Plan(plan.settings.replace({"resume": str(plan.run_dir)}), plan.run_dir)
     RunFolder(plan.run_dir).forget_beginning()
     return plan

@@ -61,6 +61,11 @@ def make_folder(path: Path) -> None:
         _sync(folder.parent)
 
 
+def nearest(path: Path) -> Path:
+    """Return a path, or what is there already of the folders above it."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file. When this returns, it survives a power cut.
 

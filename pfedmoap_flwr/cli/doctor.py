@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from pfedmoap_flwr import config, methods
+from pfedmoap_flwr import config, files, methods
 from pfedmoap_flwr.assets import asset
 from pfedmoap_flwr.cache import ENVIRONMENT_VARIABLE, cache_folder
 from pfedmoap_flwr.cli.data import is_here
@@ -56,7 +56,7 @@ def examine(values: Mapping[str, Value], console: Console) -> None:
         "memory",
         f"{megabytes(memory.total)}, {megabytes(memory.available)} of it available",
     )
-    room = shutil.disk_usage(_existing(cache_folder())).free
+    room = shutil.disk_usage(files.nearest(cache_folder())).free
     _say(console, "cache", f"{cache_folder()}, {megabytes(room)} free ({ENVIRONMENT_VARIABLE})")
     _say(console, "data here", ", ".join(s.name for s in CATALOGUE.values() if is_here(s)))
     _say(console, "weights here", f"for {settings.clip.model}: {_weights_here(settings)}")
@@ -79,7 +79,7 @@ def _check(settings: Settings, room: int, console: Console) -> None:
     _say(console, "weights", f"{clip.checkpoint} on {clip.device.type}")
     reading = methods.load(settings.method).reads(settings.own)
     _say(console, "features", _features(settings, reading, clip, held.images, room))
-    if not os.access(_existing(cache_folder()), os.W_OK):
+    if not os.access(files.nearest(cache_folder()), os.W_OK):
         raise UsageError(
             f"{cache_folder()} cannot be written; set {ENVIRONMENT_VARIABLE} to another folder"
         )
@@ -194,11 +194,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest folder above that there is already."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def _say(console: Console, what: str, line: str) -> None:

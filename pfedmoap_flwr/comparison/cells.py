@@ -15,6 +15,7 @@ from typing import Literal
 from pfedmoap_flwr import api, config, files, methods
 from pfedmoap_flwr.api import Plan, RunResult
 from pfedmoap_flwr.errors import UsageError
+from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, check_same, load_settings
 from pfedmoap_flwr.runs.place import folder_named, make_folder, stamp, unused
 from pfedmoap_flwr.settings import Value
@@ -50,7 +51,7 @@ class Cell:
         ended = (self.folder / "summary.json").exists() and not (self.folder / "error.txt").exists()
         if ended and RunFolder(self.folder).summary()["rounds"] >= asked:
             return "done"
-        return "begun" if (self.folder / "checkpoint.safetensors").exists() else "new"
+        return "begun" if checkpoint.is_there(self.folder) else "new"
 
     def plan(self) -> Plan:
         """Return what is left to run. Raises UsageError where the folder has another run's."""

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import ssl
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from pfedmoap_flwr import config
+from pfedmoap_flwr import config, files
 from pfedmoap_flwr.cache import cache_folder
 from pfedmoap_flwr.clip.weights import find_weights, held_checkpoint
 from pfedmoap_flwr.config import Settings
@@ -25,6 +24,7 @@ from pfedmoap_flwr.data.federated import Federated, federated, own_folder
 from pfedmoap_flwr.data.sources.hub import offline
 from pfedmoap_flwr.deploy.keys import CERTIFICATE
 from pfedmoap_flwr.deploy.site import Site
+from pfedmoap_flwr.engines.simulation import flower_environment
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.settings import Value
 
@@ -78,8 +78,7 @@ def examine(
 
 
 def _programs(look: Look) -> str:
-    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    found = shutil.which("flower-supernode", path=places)
+    found = shutil.which("flower-supernode", path=flower_environment()["PATH"])
     if not found:
         raise Missing("no flower-supernode; install the package: pip install /opt/pfedmoap/app")
     return f"{found}, flwr {version('flwr')}: the server needs the same"
@@ -206,7 +205,7 @@ def _clock(look: Look) -> str:
 def _disk(look: Look) -> str:
     found = []
     for folder in (Path(look.site.state), cache_folder()):
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        there = files.nearest(folder)
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise Missing(f"{folder} cannot be written as a folder by this user")
         room = shutil.disk_usage(there).free

@@ -6,11 +6,9 @@
 import functools
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
@@ -26,7 +24,7 @@ from pfedmoap_flwr.federation.site_budget import KEY, SiteBudget
 from pfedmoap_flwr.federation.strict import Refused
 from pfedmoap_flwr.files import make_folder
 from pfedmoap_flwr.methods.base import Head, Method, Work
-from pfedmoap_flwr.runs.heads import MODEL, KeptHeads, folder_of
+from pfedmoap_flwr.runs.heads import MODEL, KeptHeads, folder_of, state_folder
 from pfedmoap_flwr.runs.model import Model
 from pfedmoap_flwr.settings import Value
 from pfedmoap_flwr.training import local, memory, stacked
@@ -290,7 +288,7 @@ def open_client(message: Message, context: Context) -> Client:
         raise UsageError(f"partition-id={client_id!r}: must be a whole number >= 0")
     folder = str(context.node_config.get("data-dir", ""))
     opened = _opened(tuple(sorted(context.run_config.items())), client_id, folder)
-    state = _state_folder(opened.settings, context)
+    state = state_folder(str(context.node_config.get("state-dir", "")) or opened.settings.state_dir)
     heads = KeptHeads(folder_of(state, messages.said(message, "run"), client_id), opened.like)
     best = messages.said(message, "best")
     return Client(
@@ -344,12 +342,6 @@ def forget_runs() -> None:
     """Free what the messages of a run have in common; the next message puts it together anew."""
     _shared.cache_clear()
     forget_nodes()
-
-
-def _state_folder(settings: Settings, context: Context) -> Path:
-    home = Path(os.environ.get("PFEDMOAP_HOME", "~/.pfedmoap")) / "clients"
-    named = str(context.node_config.get("state-dir", "")) or settings.state_dir
-    return Path(named or home).expanduser()
 
 
 def _kind(message: Message) -> str:

@@ -88,9 +88,8 @@ class PromptStrategy(Strategy):
         self.trained: dict[int, int] = {}
         self.now = _Current(Round(state.round))
         self.refusals = Counter[int]()
+        self.rounds: list[Round] = []
         self.best = 0
-        if settings.eval.keep_best and (best := best_round(folder.rounds())):
-            self.best = best.round
         self._late: dict[int, Card] = {}
         self.privacy = settings.privacy
         self.ledger: Ledger | None = None
@@ -107,11 +106,13 @@ class PromptStrategy(Strategy):
 
         Flower's own `start` gives up a round whose clients fail; here it is tried again.
         """
-        for record in self.folder.rounds():
+        self.rounds = self.folder.rounds()
+        self._find_best()
+        for record in self.rounds:
             self.trained |= dict.fromkeys(record.bytes_up, record.round)
         self.summary()
         timeout = self.settings.node_timeout
-        if self.state.round == 0 and not self.folder.rounds():
+        if self.state.round == 0 and not self.rounds:
             replies = grid.send_and_receive(self._evaluation_messages(), timeout=timeout)
             self.aggregate_evaluate(0, replies)
         arrays, config = ArrayRecord(), ConfigRecord()  # ours are in the state
@@ -210,6 +211,7 @@ class PromptStrategy(Strategy):
             sanity.check(self.settings.eval, record.clients, self.cards)
         record.seconds = time.monotonic() - self.now.started
         self.folder.append_round(record)
+        self.rounds.append(record)
         self.folder.save_state(self.state)
         self._keep_best()
         fields = record.fields()
@@ -306,10 +308,15 @@ class PromptStrategy(Strategy):
 
     def _keep_best(self) -> None:
         """Keep the state of the best validated round, if it is this one; clients hear of it."""
-        if self.settings.eval.keep_best and (best := best_round(self.folder.rounds())):
+        best = self._find_best()
+        if best and best.round == self.now.record.round:
+            self.folder.save_best(self.state)
+
+    def _find_best(self) -> Round | None:
+        best = best_round(self.rounds) if self.settings.eval.keep_best else None
+        if best:
             self.best = best.round
-            if best.round == self.now.record.round:
-                self.folder.save_best(self.state)
+        return best
 
     def _scores_are_due(self) -> bool:
         last = self.now.record.round == self.settings.num_server_rounds

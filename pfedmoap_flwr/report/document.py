@@ -109,7 +109,8 @@ def difference(metric: Metric, found: Interval) -> Cell:
 
 def heading(metric: Metric, parts: tuple[str, ...] = ("mean", "sd")) -> Column:
     """Return a metric's column; its unit is in the title."""
-    return Column(metric.title + (", %" if metric.unit == "%" else ""), parts, metric.key)
+    unit = f", {metric.unit}" if metric.unit in ("%", "MB") else ""
+    return Column(metric.title + unit, parts, metric.key)
 
 
 def provenance(collection: Collection, rule: Rule) -> list[str]:

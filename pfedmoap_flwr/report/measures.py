@@ -10,7 +10,13 @@ import pandas as pd
 
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.report.collect import Collection, Run
-from pfedmoap_flwr.report.tables import ACCURACIES, NEW_CLIENTS, OPEN_CLASSES, VALIDATION
+from pfedmoap_flwr.report.tables import (
+    ACCURACIES,
+    NEW_CLIENTS,
+    OPEN_CLASSES,
+    VALIDATION,
+    per_participation,
+)
 from pfedmoap_flwr.runs.folder import summarise
 from pfedmoap_flwr.runs.record import Round
 
@@ -27,7 +33,7 @@ TITLES = {
     "worst_decile": "worst decile",
     "bytes_down": "bytes down",
     "bytes_up": "bytes up",
-    "peak_memory": "peak memory, MB",
+    "peak_memory": "peak memory",
 }
 CHOICES = ("chosen", "best_round")
 COSTS: dict[str, Unit] = {
@@ -108,8 +114,7 @@ def _row(run: Run, collection: Collection, rule: Rule) -> dict[str, object]:
         for key, value in summary.items()
         if key in COSTS or key in OPEN_CLASSES or key.endswith("_accuracy")
     }
-    count = max(1, summary["participations"])
-    numbers |= {key: numbers[key] / count for key in ("bytes_down", "bytes_up")}
+    numbers |= per_participation(summary)
     numbers["worst_decile"] = worst_decile(_of_clients(end, "personal-accuracy"))
     return _names(run, collection) | numbers
 

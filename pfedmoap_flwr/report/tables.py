@@ -63,10 +63,15 @@ def outcome(summary: Mapping[str, Any]) -> str:
 
 
 def traffic(summary: Mapping[str, Any]) -> str:
-    """Return the mean bytes of one participation, down and up."""
-    count = max(1, summary["participations"])
-    down, up = (round(summary[key] / count) for key in ("bytes_down", "bytes_up"))
+    """Return the mean bytes of one participation, down and up, in words."""
+    down, up = (round(size) for size in per_participation(summary).values())
     return f"{down:,} down, {up:,} up"
+
+
+def per_participation(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return bytes_down and bytes_up of one participation, on average."""
+    count = max(1, summary["participations"])
+    return {key: summary[key] / count for key in ("bytes_down", "bytes_up")}
 
 
 def megabytes(size: float) -> str:

@@ -84,9 +84,14 @@ def check_like(state: ServerState, start: ServerState, clients: int) -> None:
         )
 
 
+def is_there(run_dir: Path) -> bool:
+    """Tell whether a folder has a state of a run, be it the one before the newest."""
+    return any((run_dir / name).exists() for name in (FILE, BEFORE))
+
+
 def check_there(run_dir: Path) -> None:
     """Raise UsageError where a folder has no state of a run at all."""
-    if not any((run_dir / name).exists() for name in (FILE, BEFORE)):
+    if not is_there(run_dir):
         raise UsageError(f"resume={run_dir}: no {FILE} there; give the folder of an earlier run")
 
 

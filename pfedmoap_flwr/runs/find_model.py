@@ -4,17 +4,18 @@ A run's folder has the server's state and, where the clients were on this machin
 """
 
 import functools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pfedmoap_flwr import methods
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, Split
 from pfedmoap_flwr.runs import checkpoint
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
-from pfedmoap_flwr.runs.heads import MODEL, RUN_ID, KeptHeads, folder_of
+from pfedmoap_flwr.runs.heads import MODEL, RUN_ID, KeptHeads, folder_of, state_folder
 from pfedmoap_flwr.runs.model import Model
 from pfedmoap_flwr.training.exchange import personal_work
 from pfedmoap_flwr.training.node import node_of
@@ -82,7 +83,7 @@ class RunModels:
 
     def of(self, client: int) -> Model:
         """Put together what was measured: the kept head, what was sent, adapted."""
-        place = heads_of(self.folder, client)
+        place = folder_of(self._state, self._run_id, client)
         kept = KeptHeads(place, self.method.build()).load(before=self.state.round + 1)
         trained = max((r.round for r in self.rounds if client in r.bytes_up), default=0)
         if kept is None and trained:
@@ -91,26 +92,29 @@ class RunModels:
                 f"in {place}; heads stay on the clients' machines: give that one's state folder "
                 "instead"
             )
-        sent = self.method.send(self.state, self.clients, train=False)[client]
-        work = personal_work(self.method, client, self.state.round, self.split(client), sent, kept)
+        sent, split = self._sent[client], self.split(client)
+        work = personal_work(self.method, client, self.state.round, split, sent, kept)
         owners = next((r.lent[client] for r in self.rounds[::-1] if client in r.lent), None)
         return Model.of_work(self.method, work, owners)
+
+    @functools.cached_property
+    def _sent(self) -> Mapping[int, Mapping[str, Tensor]]:
+        return self.method.send(self.state, self.clients, train=False)
+
+    @functools.cached_property
+    def _run_id(self) -> str:
+        return RunFolder(self.folder).run_id
+
+    @functools.cached_property
+    def _state(self) -> Path:
+        """Where the clients' heads of the run are, if they are on this machine."""
+        # A folder that was moved or copied has its heads in it
+        states = [state_folder(self.settings.state_dir), self.folder / "clients"]
+        return next((state for state in states if (state / self._run_id).is_dir()), states[0])
 
     def split(self, client: int) -> Callable[[str], Split]:
         """Return what gives a client's images by the name of a split."""
         return functools.partial(self.node.split, client)
-
-
-def heads_of(folder: Path, client: int) -> Path:
-    """Return where a client of a run keeps its heads, if it is on this machine."""
-    settings = load_settings(folder)
-    moved = folder / "clients"
-    home = Path(os.environ.get("PFEDMOAP_HOME", "~/.pfedmoap")).expanduser() / "clients"
-    states = [Path(settings.state_dir)] if settings.state_dir else [home]
-    run_id = RunFolder(folder).run_id
-    # A folder that was moved or copied has its heads in it
-    state = next((s for s in [*states, moved] if (s / run_id).is_dir()), states[0])
-    return folder_of(state, run_id, client)
 
 
 def _asked(client: int | None, place: Path) -> int:

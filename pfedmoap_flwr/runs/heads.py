@@ -6,6 +6,7 @@ round t, even where the client had gone further.
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,12 @@ MODEL = "personal.safetensors"
 RUN_ID = re.compile("[0-9a-f]{32}")
 FILE = re.compile(r"round-(\d{5,})\.safetensors")
 logger = logging.getLogger("flwr.pfedmoap")
+
+
+def state_folder(named: str) -> Path:
+    """Return the folder of clients' state that a setting names, or this machine's own."""
+    home = Path(os.environ.get("PFEDMOAP_HOME", "~/.pfedmoap")) / "clients"
+    return Path(named or home).expanduser()
 
 
 def folder_of(state: Path, run_id: object, client_id: int) -> Path:
