@@ -11,5 +11,10 @@ def last_line(text: object) -> str:
     return lines[-1].strip() if lines else ""
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error in a line: the last of its text, or its kind where it has none."""
+    return last_line(error) or type(error).__name__
+
+
 class RunFailed(RuntimeError):
     """A run that started and could not go on; the message is the reason."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pfedmoap_flwr.config import Settings, known_fields
-from pfedmoap_flwr.errors import RunFailed, UsageError, last_line
+from pfedmoap_flwr.errors import RunFailed, UsageError, last_line, reason_of
 from pfedmoap_flwr.runs.folder import PLACES, RunFolder, load_settings
 from pfedmoap_flwr.runs.open_classes import new_accuracies, open_accuracies, other_accuracies
 from pfedmoap_flwr.runs.record import Round
@@ -155,7 +155,7 @@ class Tracker:
             raise
         except Exception as error:  # a tracker that is down must not end a run
             self._backend = None
-            reason = last_line(error) or type(error).__name__
+            reason = reason_of(error)
             logger.warning("tracker=%s is off from here on: %s", self.name, reason)
 
 
@@ -178,7 +178,7 @@ def send(folder: str | os.PathLike[str], name: str) -> None:
     except UsageError:
         raise
     except Exception as error:
-        raise RunFailed(f"{name}: {last_line(error) or type(error).__name__}") from error
+        raise RunFailed(f"{name}: {reason_of(error)}") from error
 
 
 def numbers(record: Round) -> dict[str, float]:

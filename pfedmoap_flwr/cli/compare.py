@@ -11,7 +11,7 @@ from pfedmoap_flwr.cli.bar import bar
 from pfedmoap_flwr.cli.say import say
 from pfedmoap_flwr.comparison import jobs, run_cells, said, slurm
 from pfedmoap_flwr.comparison.cells import Cell, Own, Sweeps, checked, grid
-from pfedmoap_flwr.errors import RunFailed
+from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.report import tables
 from pfedmoap_flwr.runs.place import folder_named
 from pfedmoap_flwr.settings import Value
@@ -31,6 +31,11 @@ class How:
     dry: bool = False
     slurm: Mapping[str, str] = field(default_factory=dict)
     tuned: Own = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise UsageError where runs are to go two ways at once."""
+        if self.slurm and (self.at_once > 1 or self.address):
+            raise UsageError("--slurm and Ray's --jobs or --ray-address: one of them")
 
 
 def compare_all(

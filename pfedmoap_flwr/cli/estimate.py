@@ -20,7 +20,7 @@ from pfedmoap_flwr.methods.base import Split, Work
 from pfedmoap_flwr.report.tables import megabytes
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.capacity import saved_bytes
-from pfedmoap_flwr.training.rehearsal import made_up
+from pfedmoap_flwr.training.rehearsal import made_up, one_epoch
 from pfedmoap_flwr.training.stacked import Stack
 
 REPEATS = 3
@@ -52,7 +52,7 @@ def estimate(settings: Settings) -> Estimate:
         return images
 
     one = Work(work.client_id, work.round, work.head, of_batch, work.received)
-    phases = [(min(1, epochs), n) for epochs, n in method.schedule(one.head, settings.local_epochs)]
+    phases = one_epoch(method, one.head)
     local.train(method, [one], phases)  # the first step also makes what later ones share
     seconds = min(_seconds(lambda: local.train(method, [one], phases)) for _ in range(REPEATS))
     step = seconds / max(1, sum(epochs for epochs, _ in phases))

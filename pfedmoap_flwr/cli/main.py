@@ -169,10 +169,8 @@ def compare(
     from pfedmoap_flwr.comparison.slurm import read_options
     from pfedmoap_flwr.comparison.tuning import read_tuned
 
-    if slurm and (jobs > 1 or ray_address):
-        raise UsageError("--slurm and Ray's --jobs or --ray-address: one of them")
-    options = read_options(slurm) if slurm else {}
-    how = How(out, jobs, ray_address, dry_run, options, read_tuned(tuned, chosen) if tuned else {})
+    found = read_tuned(tuned, chosen) if tuned else {}
+    how = How(out, jobs, ray_address, dry_run, read_options(slurm), found)
     compare_all(chosen, numbers, sweeps, values, how, Console())
 
 

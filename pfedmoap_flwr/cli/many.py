@@ -71,6 +71,6 @@ def reproduce_paper(
     from pfedmoap_flwr.cli.reproduce import reproduce
     from pfedmoap_flwr.comparison.slurm import read_options
 
-    how = How(out, jobs, dry=dry_run, slurm=read_options(slurm) if slurm else {})
+    how = How(out, jobs, dry=dry_run, slurm=read_options(slurm))
     sets = only.split(",") if only else []
     reproduce(experiment, sets, numbers, values, how, Console())

@@ -55,9 +55,5 @@ def report_comparison(root: Path, console: Console) -> None:
 def show(report: Report, console: Console) -> None:
     """Print a report's tables, and what is missing for its diagram."""
     render.print_report(report, console)
-    if (
-        not report.diagram
-        and any(table.name == "ranks" for table in report.tables)
-        and not can_draw()
-    ):
+    if report.ranked and not can_draw():
         say(console, MISSING)

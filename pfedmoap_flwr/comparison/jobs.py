@@ -10,7 +10,7 @@ import torch
 from pfedmoap_flwr import api, config, methods
 from pfedmoap_flwr.comparison.cells import Cell
 from pfedmoap_flwr.engines.tasks import side_by_side
-from pfedmoap_flwr.errors import last_line
+from pfedmoap_flwr.errors import reason_of
 from pfedmoap_flwr.methods import outside
 from pfedmoap_flwr.settings import Value
 
@@ -27,7 +27,7 @@ def run_here(cells: Sequence[Cell], tell: Tell) -> None:
             api.execute(cell.plan())
             reason = ""
         except Exception as error:  # a mistake in one method must not end the others' runs
-            reason = last_line(error) or type(error).__name__
+            reason = reason_of(error)
         tell(cell, reason)
 
 
@@ -63,7 +63,7 @@ def _run_cell(work: tuple[Mapping[str, Value], tuple[str, ...]]) -> str:
         settings = config.parse(flat)
         api.execute(api.Plan(settings, Path(settings.run_dir)))
     except Exception as error:
-        return last_line(error) or type(error).__name__
+        return reason_of(error)
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pfedmoap_flwr import files
 from pfedmoap_flwr.comparison.cells import Cell
 from pfedmoap_flwr.comparison.jobs import Tell, run_here
-from pfedmoap_flwr.errors import RunFailed, UsageError, last_line
+from pfedmoap_flwr.errors import RunFailed, UsageError, last_line, reason_of
 
 if TYPE_CHECKING:
     from submitit import DelayedSubmission, SlurmExecutor, SlurmJob
@@ -57,7 +57,7 @@ def run_on_slurm(cells: Sequence[Cell], tell: Tell, options: Mapping[str, str], 
         try:
             submitted = executor.map_array(CellJob(), new)
         except Exception as error:  # whatever sbatch has against it
-            raise RunFailed(f"sbatch: {last_line(error) or type(error).__name__}") from error
+            raise RunFailed(f"sbatch: {reason_of(error)}") from error
         jobs |= dict(zip(submitted, new, strict=True))
     names = {cell.folder.name: job.job_id for job, cell in jobs.items()}
     files.replace(root / FOLDER / JOBS, json.dumps(names, indent=2))
@@ -67,10 +67,12 @@ def run_on_slurm(cells: Sequence[Cell], tell: Tell, options: Mapping[str, str], 
 
 
 def read_options(text: str) -> dict[str, str]:
-    """Return sbatch's options from "partition=gpu,time=2:00:00".
+    """Return sbatch's options from "partition=gpu,time=2:00:00", none from "".
 
     Raises UsageError where one is no KEY=VALUE, or there is no time.
     """
+    if not text:
+        return {}
     parts = [part.partition("=") for part in text.split(",")]
     options = {key.strip().replace("-", "_"): value for key, sign, value in parts if sign and value}
     if len(options) < len(parts) or not TIME.fullmatch(options.get("time", "")):

@@ -17,7 +17,7 @@ from pfedmoap_flwr.comparison import jobs
 from pfedmoap_flwr.comparison.cells import Cell, belongs
 from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.randomness import derive_seed
-from pfedmoap_flwr.runs.folder import load_settings
+from pfedmoap_flwr.runs.folder import harmless, load_settings
 from pfedmoap_flwr.settings import Span, Value
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ def _write_trials(path: Path, keys: Sequence[str], trials: Sequence[Trial]) -> N
     writer.writerow(["trial", "value", *keys, "failed"])
     for trial in trials:
         value = "" if trial.value is None else trial.value
-        writer.writerow([trial.number, value, *(trial.params[k] for k in keys), trial.reason])
+        row = [trial.number, value, *(trial.params[k] for k in keys), trial.reason]
+        writer.writerow([harmless(cell) for cell in row])
     files.replace(path, table.getvalue())
 
 

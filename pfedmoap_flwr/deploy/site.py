@@ -48,11 +48,7 @@ class Site:
     def read(cls, folder: Path) -> "Site":
         """Read the file of a site's folder. Raises UsageError that names what is wrong in it."""
         path = folder / FILE
-        try:
-            words = shlex.split(path.read_text(), comments=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}; is this a site's folder?") from error
-        said = dict(word.partition("=")[::2] for word in words)
+        said = read_env(path, "site's")
         try:
             values = {f.name: f.type(said[f.name.upper()]) for f in fields(cls)}  # type: ignore[operator]
         except KeyError as error:
@@ -65,3 +61,12 @@ class Site:
 def address(host: str, port: int) -> str:
     """Return HOST:PORT, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def read_env(path: Path, whose: str) -> dict[str, str]:
+    """Return what a kit's file for a shell says. Raises UsageError where it cannot be read."""
+    try:
+        words = shlex.split(path.read_text(), comments=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; is this a {whose} folder?") from error
+    return dict(word.partition("=")[::2] for word in words)

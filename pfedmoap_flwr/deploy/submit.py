@@ -1,7 +1,6 @@
 """A run on the deployed SuperLink of this machine: checked, submitted, and followed to its end."""
 
 import functools
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from rich.console import Console
 from pfedmoap_flwr.api import Plan, RunResult, settings_and_folder
 from pfedmoap_flwr.clip.weights import find_weights
 from pfedmoap_flwr.deploy.forget import forget_messages
+from pfedmoap_flwr.deploy.site import read_env
 from pfedmoap_flwr.engines.simulation import Ask, flower_environment, flwr, run_through
 from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.runs.place import make_folder, new_folder
@@ -34,13 +34,7 @@ class Server:
     def database(self) -> Path:
         """Flower's database. Raises UsageError where the folder is no server's."""
         path = self.folder / "server.env"
-        try:
-            words = shlex.split(path.read_text(), comments=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{path} cannot be read: {error}; is this a server's folder?"
-            ) from None
-        state = next((word[6:] for word in words if word.startswith("STATE=")), "")
+        state = read_env(path, "server's").get("STATE", "")
         if not state:
             raise UsageError(f"{path} has no STATE; is this a server's folder?")
         return Path(state) / "state.db"

@@ -155,10 +155,13 @@ def follow(
 ) -> str:
     """Show rounds as they are written until the run is finished; return Flower's status of it."""
     folder = RunFolder(run_dir)
-    shown = len(folder.rounds())
+    rounds, read = folder.rounds(), None
+    shown = len(rounds)
     asked = time.monotonic()
     while True:
-        rounds = folder.rounds()
+        # Twice a second: a long run's rounds are not read again while none is added
+        if (written := _written(run_dir / "rounds.jsonl")) != read:
+            rounds, read = folder.rounds(), written
         # A resumed run drops what was written after its checkpoint
         shown = min(shown, len(rounds))
         for record in rounds[shown:]:
@@ -206,6 +209,14 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], run_dir: Path) ->
                 return
         time.sleep(POLL_SECONDS / 5)
     raise RunFailed(f"flower-superlink did not start; its log: {run_dir / LOG}")
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Return when a file was written and its size, which tell its contents apart; None: no file."""
+    if not path.exists():
+        return None
+    said = path.stat()
+    return said.st_mtime_ns, said.st_size
 
 
 def _endings(run_dir: Path) -> set[tuple[str, int]]:

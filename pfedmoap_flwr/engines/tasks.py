@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pfedmoap_flwr.errors import UsageError, last_line
+from pfedmoap_flwr.errors import UsageError, last_line, reason_of
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def side_by_side(
             try:
                 yield key, ray.get(ended)
             except ray.exceptions.RayError as error:
-                yield key, last_line(error) or type(error).__name__
+                yield key, reason_of(error)
 
 
 @contextmanager

@@ -139,6 +139,11 @@ def late_card(card: Card, cards: Mapping[int, Card], connected: Collection[int])
     return ""
 
 
+def say_left_out(node_id: int, reason: str) -> None:
+    """Log why a node takes no part."""
+    logger.warning("node %d takes no part: %s", node_id, reason)
+
+
 def _other_classes(card: Card, usual: Card) -> str:
     mine, theirs = card.task.all_classnames, usual.task.all_classnames
     if mine == theirs:

@@ -23,6 +23,7 @@ from pfedmoap_flwr.federation.handshake import (
     introduce,
     origins,
     say_data,
+    say_left_out,
     wait_for_nodes,
 )
 from pfedmoap_flwr.federation.privacy import check_privacy
@@ -121,7 +122,7 @@ def _others(settings: Settings, method: Method[Any, Any]) -> list[OtherSet]:
 def _check_enough(cards: Sequence[Card], left_out: Mapping[int, str], at_least: int) -> None:
     """Name the nodes that take no part. Raises UsageError where too few are left."""
     for node_id, reason in left_out.items():
-        logger.warning("node %d takes no part: %s", node_id, reason)
+        say_left_out(node_id, reason)
     if len(cards) < at_least:
         first = next(iter(left_out.values()), "no more are connected")
         raise UsageError(

@@ -44,7 +44,7 @@ class SiteBudget:
     def check(self, method: Method[Any, Any]) -> float:
         """Return mu^2 with one more upload of a run. Raises UsageError where it is too much."""
         privacy = method.settings.privacy
-        if privacy.unit == "none" or (privacy.unit == "client" and privacy.where == "server"):
+        if privacy.unit == "none" or privacy.at_server:
             raise UsageError(
                 f"this site has {KEY}={self.limit:g} and uploads nothing without noise of its own: "
                 "set privacy.unit=client with privacy.where=client, or privacy.unit=example"

@@ -20,7 +20,7 @@ from pfedmoap_flwr.config import Settings
 from pfedmoap_flwr.errors import RunFailed
 from pfedmoap_flwr.federation import sanity
 from pfedmoap_flwr.federation.exporter import Exporter
-from pfedmoap_flwr.federation.handshake import Card, introduce, late_card
+from pfedmoap_flwr.federation.handshake import Card, introduce, late_card, say_left_out
 from pfedmoap_flwr.federation.messages import ACCURACIES, num_bytes, to_arrays
 from pfedmoap_flwr.federation.privacy import Ledger, in_place_of_each
 from pfedmoap_flwr.federation.replies import (
@@ -84,7 +84,6 @@ class PromptStrategy(Strategy):
         self.folder = folder
         self.told = told
         self.others = others
-        self.first_round = state.round
         self.trained: dict[int, int] = {}
         self.now = _Current(Round(state.round))
         self.refusals = Counter[int]()
@@ -116,7 +115,7 @@ class PromptStrategy(Strategy):
             replies = grid.send_and_receive(self._evaluation_messages(), timeout=timeout)
             self.aggregate_evaluate(0, replies)
         arrays, config = ArrayRecord(), ConfigRecord()  # ours are in the state
-        for number in range(self.first_round + 1, self.settings.num_server_rounds + 1):
+        for number in range(self.state.round + 1, self.settings.num_server_rounds + 1):
             self.now = _Current(Round(number))
             while True:
                 messages = self.configure_train(number, arrays, config, grid)
@@ -126,7 +125,7 @@ class PromptStrategy(Strategy):
                 except TooFewReplies:
                     if not self._try_again():
                         raise
-            if number == self.settings.num_server_rounds:
+            if self._is_last:
                 self._measure_elsewhere(grid)
             messages = self.configure_evaluate(number, arrays, config, grid)
             self.aggregate_evaluate(number, grid.send_and_receive(messages, timeout=timeout))
@@ -163,7 +162,7 @@ class PromptStrategy(Strategy):
             except Exception as error:  # one client's answer must never end everybody's run
                 now.replies.refuse(client_id, error)
         # Whose update counts must not depend on another's data
-        max_step = 0.0 if self._mean_is_noised() else self.settings.server.max_step
+        max_step = 0.0 if self.privacy.at_server else self.settings.server.max_step
         for client_id, why in too_far(trained, now.sent, max_step).items():
             now.replies.refuse(client_id, Refused(why))
             del trained[client_id]
@@ -181,7 +180,7 @@ class PromptStrategy(Strategy):
                 record.lent[client_id] = self.state.lent[client_id]
         self.state.metrics = {}
         uploads = {i: answer.upload for i, answer in trained.items()}
-        if self._mean_is_noised():
+        if self.privacy.at_server:
             uploads = in_place_of_each(self.settings, now.sent, uploads, record.round)
         self.method.merge(self.state, uploads)
         self.state.round = record.round
@@ -195,9 +194,8 @@ class PromptStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Evaluate all clients after every n-th round and after the last one."""
-        last = self.now.record.round == self.settings.num_server_rounds
         due = self.now.record.round % self.settings.eval_every == 0
-        return self._evaluation_messages() if due or last else self._messages("", {})
+        return self._evaluation_messages() if due or self._is_last else self._messages("", {})
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -283,9 +281,6 @@ class PromptStrategy(Strategy):
         self._report_failures("evaluate", good)
         return good
 
-    def _mean_is_noised(self) -> bool:
-        return self.privacy.unit == "client" and self.privacy.where == "server"
-
     def _try_again(self) -> bool:
         """Count an attempt; tell whether another one may go otherwise.
 
@@ -318,9 +313,12 @@ class PromptStrategy(Strategy):
             self.best = best.round
         return best
 
+    @property
+    def _is_last(self) -> bool:
+        return self.now.record.round == self.settings.num_server_rounds
+
     def _scores_are_due(self) -> bool:
-        last = self.now.record.round == self.settings.num_server_rounds
-        return last and bool(self.settings.eval.names)
+        return self._is_last and bool(self.settings.eval.names)
 
     def _messages(
         self,
@@ -361,16 +359,13 @@ class PromptStrategy(Strategy):
         for node_id, card in sorted(self._late.items()):
             if reason := late_card(card, self.cards, connected):
                 # Its old node may be gone by the next round
-                self._say_left_out(node_id, reason)
+                say_left_out(node_id, reason)
                 continue
             self.cards[card.client_id] = self._late.pop(node_id)
             self.refusals[card.client_id] = 0
         for node_id in new:
             if node_id in self.left_out:
-                self._say_left_out(node_id, self.left_out[node_id])
-
-    def _say_left_out(self, node_id: int, reason: str) -> None:
-        logger.warning("node %d takes no part: %s", node_id, reason)
+                say_left_out(node_id, self.left_out[node_id])
 
     def _report_failures(self, work: str, good: Collection[int]) -> None:
         failed, replies = self.now.record.failed, self.now.replies

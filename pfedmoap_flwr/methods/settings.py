@@ -128,6 +128,11 @@ class PrivacySettings(Section):
         False, "draw noise from the operating system, not from the seed, which others know"
     )
 
+    @property
+    def at_server(self) -> bool:
+        """Whether the server adds the noise, once, to the mean of all uploads."""
+        return self.unit == "client" and self.where == "server"
+
 
 class LearningSettings(Section):
     """What every method learns with."""

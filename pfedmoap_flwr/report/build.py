@@ -10,7 +10,6 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.report import document as doc
 from pfedmoap_flwr.report import statistics
 from pfedmoap_flwr.report.collect import Collection
-from pfedmoap_flwr.report.diagram import draw_differences
 from pfedmoap_flwr.report.document import Cell, Column, Mark, Report, Table
 from pfedmoap_flwr.report.measures import (
     RULES,
@@ -26,13 +25,7 @@ from pfedmoap_flwr.runs.folder import PLACES
 
 CURVES = ("personal-accuracy", "global-accuracy")
 MOST_POINTS = 300_000  # of all clients' curves: a page of about 2 MB
-BY = {
-    "method": "method",
-    "dataset": "dataset",
-    "seed": "seed",
-    "client": "client",
-    "domain": "domain",
-}
+BY = ("method", "dataset", "seed", "client", "domain")
 
 
 @dataclass(frozen=True)
@@ -64,13 +57,12 @@ def build(collection: Collection, wishes: Wishes) -> Report:
     shown = [metric for metrics in groups.values() for metric in metrics]
     main = shown[0] if shown else None
     tables = _results(collection, runs, clients, groups, wishes)
-    diagram = ""
+    ranked = None
     if main is not None and main.is_accuracy:
         tables += _differences(main, runs, clients)
         ranked = statistics.ranking(_blocks(runs, main))
         if ranked:
             tables.append(_ranks(main, ranked))
-            diagram = draw_differences(ranked)
     if wishes.against_paper:
         tables.append(_paper(collection, runs))
     tables += [waiting] if waiting.rows else []
@@ -81,7 +73,7 @@ def build(collection: Collection, wishes: Wishes) -> Report:
         notes.append(
             f"More than {MOST_POINTS:,} points: the page's charts show means over clients."
         )
-    return Report(title, tables, notes, diagram, curves)
+    return Report(title, tables, notes, ranked, curves)
 
 
 def _results(

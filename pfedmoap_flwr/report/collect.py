@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoap_flwr.config import Settings
-from pfedmoap_flwr.errors import UsageError, last_line
+from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.folder import PLACES, RunFolder, load_settings
 from pfedmoap_flwr.runs.record import Round
 from pfedmoap_flwr.settings import Value
@@ -143,8 +143,7 @@ def read(folder: Path) -> Run:
 
 def _state(folder: Path, settings: Settings, rounds: Sequence[Round]) -> str:
     done, asked = (rounds[-1].round if rounds else 0), settings.num_server_rounds
-    if (error := folder / "error.txt").exists():
-        reason = last_line(error.read_text(errors="replace")) or "no reason was written"
+    if reason := RunFolder(folder).failure():
         return f"failed after round {done} of {asked}: {reason}"
     if (folder / "summary.json").exists() and done >= asked and any(r.clients for r in rounds):
         return "done"

@@ -1,5 +1,6 @@
 """A report before it has a form: its tables, cell by cell, and what is said beside them."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from pfedmoap_flwr.report.collect import Collection
+from pfedmoap_flwr.report.diagram import draw_differences
 from pfedmoap_flwr.report.measures import RULES, Metric, Rule
-from pfedmoap_flwr.report.statistics import Interval
+from pfedmoap_flwr.report.statistics import Interval, Ranking
 
 Number = float | int | None
 Mark = Literal["", "best", "same"]
@@ -56,13 +58,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """diagram: of critical differences, as SVG, or "". curves: what the page's charts draw."""
+    """ranked: average ranks, where there are any. curves: what the page's charts draw."""
 
     title: str
     tables: Sequence[Table]
     notes: Sequence[str]
-    diagram: str = ""
+    ranked: Ranking | None = None
     curves: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def diagram(self) -> str:
+        """Critical differences as SVG, or ""; it takes two seconds, and few forms want it."""
+        return draw_differences(self.ranked) if self.ranked else ""
 
 
 def text(said: object) -> Cell:

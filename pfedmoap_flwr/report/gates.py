@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.pfedmoap import PFedMoAPHead
 from pfedmoap_flwr.runs.find_model import RunModels
-from pfedmoap_flwr.runs.insight import attention, owner_names
+from pfedmoap_flwr.runs.insight import owner_names
 from pfedmoap_flwr.runs.model import Model
 
 
@@ -40,16 +39,11 @@ def has_gates(models: RunModels) -> bool:
     return isinstance(head, PFedMoAPHead) and head.gate is not None
 
 
-def inspect_gates(folder: Path, client_ids: Sequence[int] = ()) -> list[GateView]:
+def gates_of(models: RunModels, client_ids: Sequence[int] = ()) -> list[GateView]:
     """Return what the kept gates of a run's clients do; without `client_ids`, of all of them.
 
     Raises UsageError where the run has no gate, or none has borrowed an expert yet.
     """
-    return gates_of(RunModels(folder), client_ids)
-
-
-def gates_of(models: RunModels, client_ids: Sequence[int] = ()) -> list[GateView]:
-    """Return `inspect_gates` of a run that is open already."""
     if not has_gates(models):
         raise UsageError(
             f"{models.folder}: {models.settings.method} has no gate to look at in this run"
@@ -73,7 +67,7 @@ def _view(model: Model, images: torch.Tensor) -> GateView | None:
     # Of each head apart: the mean of heads that look elsewhere is flatter than any of them
     weights = head.gate.attention(head.reduce(F.normalize(images, dim=-1)), head.all_experts(local))
     entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=2).mean()
-    by_class = attention(model, images).mean(dim=0)
+    by_class = weights.mean(dim=(0, 1)).expand(-1, len(model.classnames))
     return GateView(
         client_id=model.meaning.client,
         owners=tuple(owner_names(model, len(by_class))),

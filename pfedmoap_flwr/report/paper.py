@@ -1,5 +1,6 @@
 """The paper's numbers beside ours, with what of its protocol a run does not have."""
 
+import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ def paper_cells(run: Run) -> list[PaperCell]:
     ]
 
 
+@functools.cache
 def _tables() -> list[dict[str, Any]]:
     text = files("pfedmoap_flwr.report").joinpath("paper.toml").read_text()
     return tomllib.loads(text)["tables"]

@@ -81,8 +81,7 @@ def rendered(report: Report, form: Literal["md", "latex", "html"]) -> str:
     )
     environment.filters |= {"md": _escaper(MARKDOWN), "tex": _escaper(TEX), "json": _in_script}
     template = environment.get_template(f"report.{SUFFIXES[form]}")
-    # Of its SVG matplotlib has escaped the labels
-    return template.render(report=report, diagram=Markup(report.diagram))
+    return template.render(report=report)
 
 
 def as_csv(table: Table) -> str:
@@ -119,7 +118,7 @@ def write(report: Report, form: Format, folder: Path) -> list[Path]:
     else:
         text = printed(report, form)
         said = {f"report.{SUFFIXES[form]}": text}
-    if report.diagram and form != "html":
+    if form != "html" and report.diagram:
         said["critical-difference.svg"] = report.diagram
     for name, text in said.items():
         try:

@@ -16,7 +16,7 @@ from uuid import uuid4
 from pfedmoap_flwr import files
 from pfedmoap_flwr.config import Settings, parse
 from pfedmoap_flwr.data.settings import DataSettings
-from pfedmoap_flwr.errors import RunFailed, UsageError
+from pfedmoap_flwr.errors import RunFailed, UsageError, last_line
 from pfedmoap_flwr.methods import outside
 from pfedmoap_flwr.methods.base import ServerState
 from pfedmoap_flwr.runs import checkpoint
@@ -213,6 +213,13 @@ class RunFolder:
     def forget_beginning(self) -> None:
         """Remove the rounds of a run without a checkpoint: it can only begin anew."""
         (self.path / "rounds.jsonl").unlink(missing_ok=True)
+
+    def failure(self) -> str | None:
+        """Return in a line why the run failed; None where nothing says that it did."""
+        path = self.path / "error.txt"
+        if not path.exists():
+            return None
+        return last_line(path.read_text(errors="replace")) or "no reason was written"
 
     def fail(self, error: Exception) -> None:
         """Leave the reason why a run ended, for the command that started it."""

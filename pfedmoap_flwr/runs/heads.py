@@ -106,8 +106,9 @@ class KeptHeads:
         first = not self.folder.is_dir()
         files.make_folder(self.folder)
         files.replace(self._path(server_round), save(dict(head)))
-        earlier = sorted(r for r in self._rounds() if r < server_round)
-        later = [r for r in self._rounds() if r > server_round]
+        rounds = self._rounds()
+        earlier = sorted(r for r in rounds if r < server_round)
+        later = [r for r in rounds if r > server_round]
         kept = [r for r in earlier if r <= best][-1:]
         for stale in [*(r for r in earlier[: 1 - KEPT_ROUNDS] if r not in kept), *later]:
             self._path(stale).unlink(missing_ok=True)

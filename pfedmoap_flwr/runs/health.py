@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from pfedmoap_flwr.errors import last_line
 from pfedmoap_flwr.runs.folder import RunFolder, load_settings
 
 LEAST_SECONDS = 60.0
@@ -42,8 +41,7 @@ def health(run_dir: Path, max_age: float | None = None) -> Health:
     folder = RunFolder(run_dir)
     rounds = folder.rounds()
     last = f"round {rounds[-1].round if rounds else 0}/{rounds_asked}"
-    if (error := run_dir / "error.txt").exists():
-        reason = last_line(error.read_text()) or "no reason was written"
+    if reason := folder.failure():
         return Health("failed", f"{last}: {reason}")
     if (run_dir / "summary.json").exists():
         return Health("done", last)

@@ -1,7 +1,7 @@
 """One round of a run, as a line of rounds.jsonl."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ BY_CLIENT = {
     "client_metrics",
     "new_clients",
     "lent",
+    "scores",
 }
 
 
@@ -52,7 +53,6 @@ class Round:
         said = json.loads(line)
         for name in BY_CLIENT & said.keys():
             said[name] = {int(client_id): value for client_id, value in said[name].items()}
-        said["scores"] = {int(i): scores for i, scores in said.get("scores", {}).items()}
         return cls(**said)
 
     def to_json(self) -> str:
@@ -97,6 +97,11 @@ class Round:
             causes = ", ".join(f"{count} {cause}" for cause, count in self.causes.items())
             parts.append(f"{len(self.failed)} failed ({causes})")
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
+
+
+def last_measured(rounds: Sequence[Round]) -> Round | None:
+    """Return the last round in which clients were measured, or None without one."""
+    return next((record for record in reversed(rounds) if record.clients), None)
 
 
 def mean_of(clients: Mapping[int, Mapping[str, float]], metric: str) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedmoap_flwr import files
-from pfedmoap_flwr.runs.record import Round
+from pfedmoap_flwr.runs.record import Round, last_measured
 
 JSON, CSV = "scores.json", "scores.csv"
 COLUMNS = ("client", "model", "metric", "class", "value", "low", "high")
@@ -18,7 +18,7 @@ def save_scores(
     run_dir: Path, rounds: Sequence[Round], classnames: Sequence[str], min_count: int
 ) -> None:
     """Write the last round's scores, where there are any. Raises OSError."""
-    scored = next((r for r in reversed(rounds) if r.clients), None)
+    scored = last_measured(rounds)
     if not scored or not scored.scores:
         return
     said = {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedmoap_flwr.methods.base import Head, Method, ServerState, Split, Upload, Work
+from pfedmoap_flwr.methods.base import Head, Method, Phase, ServerState, Split, Upload, Work
 from pfedmoap_flwr.randomness import torch_generator
 from pfedmoap_flwr.training import local
-from pfedmoap_flwr.training.exchange import check_tensors, make_work
+from pfedmoap_flwr.training.exchange import check_tensors, make_work, personal_work
 
 Images = Callable[[str], Split]
 
@@ -31,8 +31,7 @@ def rehearse(method: Method[Any, Any], client_ids: Sequence[int], images: Images
 
     sent = method.send(state, client_ids, train=True)
     work = make_work(method, client_id, 1, images, sent[client_id], sent[client_id])
-    phases = method.schedule(work.head, method.settings.local_epochs)
-    local.train(method, [work], [(min(1, epochs), names) for epochs, names in phases])
+    local.train(method, [work], one_epoch(method, work.head))
     # Tensors travel as NumPy's arrays, which bfloat16 cannot
     upload = {n: torch.tensor(t.detach().cpu().numpy()) for n, t in method.upload(work).items()}
     check_tensors(upload, method.expected(state, sent[client_id]))
@@ -46,6 +45,12 @@ def rehearse(method: Method[Any, Any], client_ids: Sequence[int], images: Images
 
     received = method.send(state, client_ids, train=True)[client_id]
     return make_work(method, client_id, 2, images, received, kept, received)
+
+
+def one_epoch(method: Method[Any, Any], head: Head) -> list[Phase]:
+    """Return a method's phases with one epoch of each."""
+    phases = method.schedule(head, method.settings.local_epochs)
+    return [(min(1, epochs), names) for epochs, names in phases]
 
 
 def made_up(method: Method[Any, Any], count: int, shape: Sequence[int]) -> Split:
@@ -67,16 +72,12 @@ def _measure(
     received = method.send(state, client_ids, train=False)[client_id]
     work = make_work(method, client_id, state.round, images, received, received)
     _predict(method, work.head, images("test"))
-    if kept is not None:
-        work = make_work(method, client_id, state.round, images, received, kept)
-    method.adapt(work)
-    _predict(method, work.head, images("test"))
+    own = personal_work(method, client_id, state.round, images, received, kept)
+    _predict(method, own.head, images("test"))
 
 
-@torch.no_grad()
 def _predict(method: Method[Any, Any], head: Head, images: Split) -> None:
-    head.eval()
-    logits = head.predict(images.features, head.encode())
+    logits = local.classifier(head)(images.features)
     expected = (len(images), len(method.task.classnames))
     if logits.shape != expected:
         raise ValueError(f"the head gives logits {tuple(logits.shape)}, not (B, C) = {expected}")

@@ -16,7 +16,7 @@ from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.methods.base import Method, PromptHead, Split, Tensors, Upload
 from pfedmoap_flwr.training import local
 from pfedmoap_flwr.training.exchange import check_tensors, make_work
-from pfedmoap_flwr.training.rehearsal import made_up
+from pfedmoap_flwr.training.rehearsal import made_up, one_epoch
 
 CLIENTS = (0, 1)
 
@@ -80,8 +80,7 @@ def _trained(
 
     work = make_work(method, client_id, 1, images, sent, sent)
     started = work.head.state()
-    phases = method.schedule(work.head, method.settings.local_epochs)
-    local.train(method, [work], [(min(1, epochs), moving) for epochs, moving in phases])
+    local.train(method, [work], one_epoch(method, work.head))
     tensors = {name: tensor.detach().cpu() for name, tensor in method.upload(work).items()}
     check_tensors(tensors, method.expected(method.start(), sent))
     return started, tensors, work.head.state()

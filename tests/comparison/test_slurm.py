@@ -117,3 +117,5 @@ def test_a_machine_without_slurm_is_told_so(
     assert 'Could not detect "srun"' in capsys.readouterr().err
     assert main(typed(tmp_path / "out", "--slurm", "time=5", "--jobs", "2")) == 2
     assert "one of them" in capsys.readouterr().err
+    assert main(["reproduce", "table1", "--slurm", "time=5", "--jobs", "2"]) == 2
+    assert "one of them" in capsys.readouterr().err

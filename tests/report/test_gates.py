@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from pfedmoap_flwr.cli.main import main
 from pfedmoap_flwr.errors import UsageError
-from pfedmoap_flwr.report.gates import inspect_gates
+from pfedmoap_flwr.report.gates import gates_of
+from pfedmoap_flwr.runs.find_model import RunModels
 from pfedmoap_flwr.training.node import node_of
 from support.federation import Federate, make_method
 from support.tiny import NUM_CLIENTS
@@ -20,7 +21,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def test_shares_and_entropy_are_those_of_the_kept_gate(federate: Federate) -> None:
     run = federate(num_server_rounds=3, lr=0.05, flat={"pfedmoap.score-scale": 20.0})
-    views = inspect_gates(run.path)
+    views = gates_of(RunModels(run.path))
     assert [view.client_id for view in views] == list(range(NUM_CLIENTS))
     method = make_method("pfedmoap")
     node = node_of(method.settings.clip, method.settings.data, 0, "cpu", method.reads(method.own))
@@ -52,7 +53,7 @@ def test_shares_and_entropy_are_those_of_the_kept_gate(federate: Federate) -> No
     assert views[2].owners == ("own", *owners)
     cosines = [(text * texts[0]).sum(-1).mean() for text in texts[1:]]
     assert views[2].cosine == pytest.approx(np.mean(cosines), rel=1e-4)
-    assert [view.client_id for view in inspect_gates(run.path, [1, 3])] == [1, 3]
+    assert [view.client_id for view in gates_of(RunModels(run.path), [1, 3])] == [1, 3]
 
 
 def test_the_command_prints_a_row_a_client_and_draws(
@@ -80,5 +81,5 @@ def test_a_run_without_gates_to_look_at_says_so(
 ) -> None:
     run = federate(**{"num_server_rounds": 2, "local_epochs": 1, **options})
     with pytest.raises(UsageError, match=said):
-        inspect_gates(run.path)
+        gates_of(RunModels(run.path))
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2

@@ -18,8 +18,9 @@ def fine_tune(
 ) -> None:
     """Train some parameters of a head on its client's training images.
 
-    Steps, rates and the order of batches are those of local training in this client's round. The
-    optimizer is a fresh one, and nothing but these parameters changes.
+    Steps and the order of batches are those of local training in this client's round. Rates are
+    those of its epochs without `optimizer.lr-schedule`, which at its end would leave none to adapt
+    with. The optimizer is a fresh one, and nothing but these parameters changes.
 
     loss_of: the loss () of features (B, ...) and labels (B,).
     """

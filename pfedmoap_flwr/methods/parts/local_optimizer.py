@@ -51,11 +51,11 @@ def check_say(method: Method[Any, Any]) -> None:
 
 def _moves_by(method: Method[Any, Any], kind: type[torch.optim.Optimizer]) -> bool:
     """Tell whether a method's optimizer is of this very class."""
-    head = method.build()
+    head, moving = method.build(), moved(method)
     groups = [
         {"name": name, "params": [parameter]}
         for name, parameter in head.named_parameters()
-        if name in moved(method)
+        if name in moving
     ]
 
     def nothing(split: str) -> Split:
