@@ -75,7 +75,7 @@ class ServerSettings(Section):
     min_replies: int = setting(1, "fewest good uploads that a round is merged from", low=1)
     attempts: int = setting(3, "how often a round is tried whose good uploads are too few", low=1)
     max_step: float = setting(
-        100.0, "an upload that moved so many times the median is refused; 0: none is", low=0
+        100.0, "so many times the median step, beyond what was sent, is refused; 0: never", low=0
     )
     max_refusals: int = setting(
         3, "refused answers in a row after which a client is not asked again", low=1

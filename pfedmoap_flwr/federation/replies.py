@@ -140,8 +140,9 @@ def too_far(
 ) -> dict[int, str]:
     """Return why uploads are refused whose step from what was sent is far longer than others'.
 
-    A step is longer than `factor` times the median over clients, in some tensor. With one or two
-    clients nobody can say which is the wrong one. factor 0: none is.
+    A step is longer than `factor` times the median over clients, in some tensor, and longer than
+    what was sent is: a layer that is dead at most clients and learns at a few would else refuse
+    these. With one or two clients nobody can say which is the wrong one. factor 0: none is.
     """
     reasons: dict[int, str] = {}
     steps: dict[str, dict[int, float]] = {}
@@ -154,7 +155,8 @@ def too_far(
     for name, lengths in steps.items():
         usual = median(lengths.values())
         for client_id, length in lengths.items():
-            if factor and usual and length > factor * usual:
+            far = max(factor * usual, float(sent[client_id][name].double().norm()))
+            if factor and usual and length > far:
                 reasons[client_id] = (
                     f"{name} moved {length:.3g}, more than {factor:g} times the median "
                     f"{usual:.3g} (server.max-step)"

@@ -221,6 +221,15 @@ def test_an_upload_that_moved_far_more_than_the_others_is_named() -> None:
     assert not too_far(*steps(1.0, 2.0, 150.0, 1.5), 100.0)
 
 
+def test_who_alone_learns_a_layer_is_not_too_far() -> None:
+    # FedDDA's adapter ends in a ReLU that is dead at most clients: a few train it, by 170 times
+    # the median, which is 1 % of the layer's own length
+    few = steps(1e-4, 2e-4, 0.03, 1.5e-4)
+    assert CTX.norm() > 1
+    assert not too_far(*few, 100.0)
+    assert list(too_far(*steps(1e-4, 2e-4, 1.1 * float(CTX.norm()), 1.5e-4), 100.0)) == [2]
+
+
 def test_with_two_clients_or_without_a_limit_nobody_is_too_far() -> None:
     assert not too_far(*steps(1.0, 1e6), 100.0)
     assert not too_far(*steps(1.0, 1.0, 1e6), 0.0)
