@@ -155,7 +155,8 @@ def follow(
 ) -> str:
     """Show rounds as they are written until the run is finished; return Flower's status of it."""
     folder = RunFolder(run_dir)
-    rounds, read = folder.rounds(), None
+    read = _written(run_dir / "rounds.jsonl")  # before the rounds: what is added meanwhile is seen
+    rounds = folder.rounds()
     shown = len(rounds)
     asked = time.monotonic()
     while True:

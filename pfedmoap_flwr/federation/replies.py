@@ -144,6 +144,8 @@ def too_far(
     what was sent is: a layer that is dead at most clients and learns at a few would else refuse
     these. With one or two clients nobody can say which is the wrong one. factor 0: none is.
     """
+    if not factor:
+        return {}
     reasons: dict[int, str] = {}
     steps: dict[str, dict[int, float]] = {}
     for client_id, answer in trained.items():
@@ -155,8 +157,8 @@ def too_far(
     for name, lengths in steps.items():
         usual = median(lengths.values())
         for client_id, length in lengths.items():
-            far = max(factor * usual, float(sent[client_id][name].double().norm()))
-            if factor and usual and length > far:
+            beyond_others = usual > 0 and length > factor * usual
+            if beyond_others and length > float(sent[client_id][name].double().norm()):
                 reasons[client_id] = (
                     f"{name} moved {length:.3g}, more than {factor:g} times the median "
                     f"{usual:.3g} (server.max-step)"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pfedmoap_flwr.runs.record import Round
+from pfedmoap_flwr.runs.record import Round, last_measured
 
 MODELS = ("personal", "global")
 
@@ -35,7 +35,7 @@ def choices(rounds: Sequence[Round]) -> dict[str, Any]:
     chosen_accuracy: mean on test images after the last evaluation. best_round_accuracy: the same
     after the best round.
     """
-    last, best = next(r for r in reversed(rounds) if r.clients), best_round(rounds)
+    last, best = last_measured(rounds), best_round(rounds)
     if best is None or validated(last) is None:
         return {}
     return {

@@ -29,7 +29,7 @@ from pfedmoap_flwr.runs.open_classes import (
     other_accuracies,
 )
 from pfedmoap_flwr.runs.place import folder_named, make_folder, new_folder
-from pfedmoap_flwr.runs.record import Round
+from pfedmoap_flwr.runs.record import Round, last_measured
 from pfedmoap_flwr.runs.scores import save_scores
 
 FROM_A_COPY = "put the file back from a copy"
@@ -301,7 +301,7 @@ def check_same(before: Settings, now: Settings) -> None:
 
 def summarise(settings: Settings, rounds: Sequence[Round]) -> dict[str, Any]:
     """Return what summary.json holds: accuracies of the last evaluation, bytes of all rounds."""
-    last = next(r for r in reversed(rounds) if r.clients)
+    last = last_measured(rounds)
     trained = [r for r in rounds if r.round > 0]
     held_most = [size for r in trained for size in r.memory.values()]
     spent = [r.metrics["epsilon"] for r in trained if "epsilon" in r.metrics]
@@ -334,7 +334,7 @@ def summarise(settings: Settings, rounds: Sequence[Round]) -> dict[str, Any]:
 def _client_rows(
     data: DataSettings, rounds: Sequence[Round], cards: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    last = next(r for r in reversed(rounds) if r.clients)
+    last = last_measured(rounds)
     metrics = ["personal-accuracy", "global-accuracy", "personal-validation-accuracy"]
     metrics += sorted(
         {m for measured in last.clients.values() for m in measured if "novel" in m or "unseen" in m}

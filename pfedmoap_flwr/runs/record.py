@@ -99,9 +99,9 @@ class Round:
         return "  ".join([*parts, f"{self.seconds:.1f} s"])
 
 
-def last_measured(rounds: Sequence[Round]) -> Round | None:
-    """Return the last round in which clients were measured, or None without one."""
-    return next((record for record in reversed(rounds) if record.clients), None)
+def last_measured(rounds: Sequence[Round]) -> Round:
+    """Return the last round in which clients were measured. Raises StopIteration without one."""
+    return next(record for record in reversed(rounds) if record.clients)
 
 
 def mean_of(clients: Mapping[int, Mapping[str, float]], metric: str) -> float | None:

@@ -19,7 +19,7 @@ def save_scores(
 ) -> None:
     """Write the last round's scores, where there are any. Raises OSError."""
     scored = last_measured(rounds)
-    if not scored or not scored.scores:
+    if not scored.scores:
         return
     said = {
         "round": scored.round,
