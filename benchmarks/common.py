@@ -68,10 +68,13 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def report(name: str, device: torch.device, cells: list[dict[str, Any]], **ratios: float) -> None:
-    """Print the cells as lines and, last of all, one JSON object with the ratios."""
+    """Print the cells as lines and, last of all, one JSON object with the ratios.
+
+    Ratios have three significant digits: two decimals would print a very small one as none.
+    """
     for cell in cells:
         print("  ".join(f"{key} {_short(value)}" for key, value in cell.items()))
-    rounded = {key: round(value, 2) for key, value in ratios.items()}
+    rounded = {key: float(f"{value:.3g}") for key, value in ratios.items()}
     result = {"benchmark": name, **rounded, "environment": environment(device), "cells": cells}
     print(json.dumps(result), flush=True)
 

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import common
 from support import ROOT
-
-pytestmark = pytest.mark.processes
 
 QUICK = {
     # benchmark: how many cells of each kind its quick run has
@@ -41,6 +41,14 @@ def last_line(benchmark: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_a_small_ratio_is_not_printed_as_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """A round of zero-shot takes a few hundredths of PromptFL's, less with more shots."""
+    common.report("step", torch.device("cpu"), [], small=0.0041449, large=12.3456)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["small"], printed["large"]) == (0.00414, 12.3)
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("benchmark", QUICK)
 def test_quick_run_ends_with_json(benchmark: str) -> None:
     result = last_line(benchmark)

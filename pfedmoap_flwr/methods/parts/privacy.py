@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 BISECTIONS = 100
+# Images whose backward passes are one product: more would not stay in a processor's cache
+TOGETHER = 8
 MOST_SUMS = 10**9
 
 
@@ -46,15 +48,20 @@ def by_image(losses: Tensor, parameter: Tensor) -> Tensor:
 
 def by_image_of(losses: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return each image's gradients (B, ...) to several parameters; 0 for one without a say."""
-    # One backward pass for each image, all in one product; torch.func.grad would forbid the hooks
+    # One backward pass for each image, some in one product; torch.func.grad would forbid the hooks
     # with which the memory of a step is measured
-    images = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    found = torch.autograd.grad(
-        losses, parameters, images, retain_graph=True, is_grads_batched=True, allow_unused=True
-    )
+    images = torch.eye(len(losses), dtype=losses.dtype, device=losses.device).split(TOGETHER)
+    found = [
+        torch.autograd.grad(
+            losses, parameters, some, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for some in images
+    ]
     return [
-        parameter.new_zeros(len(losses), *parameter.shape) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        parameter.new_zeros(len(losses), *parameter.shape)
+        if gradients[0] is None
+        else torch.cat(gradients)
+        for parameter, gradients in zip(parameters, zip(*found, strict=True), strict=True)
     ]
 
 
