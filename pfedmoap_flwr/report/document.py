@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,19 +128,21 @@ def provenance(collection: Collection, rule: Rule) -> list[str]:
         said.append(f"{short} runs were measured in fewer rounds: all of those.")
     seeds = sorted({run.settings.seed for run in collection.done})
     said.append(f"{len(collection.done)} runs, seeds {', '.join(map(str, seeds))}.")
-    made = {
-        ", ".join(
-            f"{name} {run.environment[key]}"
-            for key, name in {"commit": "commit", "device": "device", "cores": "cores"}.items()
-            if key in run.environment
-        )
-        + "".join(f", {key} {run.environment[key]}" for key in PACKAGES if key in run.environment)
-        for run in collection.done
-    }
+    made = {_made_with(run.environment) for run in collection.done}
     days = sorted(str(run.environment.get("started", ""))[:10] for run in collection.done)
     if days and days[-1]:
         said.append(f"Run from {days[0] or 'an unknown day'} to {days[-1]}.")
     return said + [f"Made with {each}." for each in sorted(made) if each]
+
+
+def _made_with(environment: Mapping[str, Any]) -> str:
+    """Return what a run was made with, from its start and from where it was resumed on."""
+    stages = [environment, *environment.get("resumed", [])]
+    said = []
+    for key in ("commit", "device", "cores", *PACKAGES):
+        values = dict.fromkeys(str(stage[key]) for stage in stages if key in stage)
+        said += [f"{key} {' and '.join(values)}"] if values else []
+    return ", ".join(said)
 
 
 PACKAGES = ("pfedmoap-flwr", "torch", "flwr", "open_clip_torch")

@@ -118,6 +118,14 @@ class RunFolder:
             checkpoint.restore(self.path, [r.round for r in kept], self.run_id)
             files.replace(record, "".join(r.to_json() + "\n" for r in kept))
         self.forget_ending()
+        self._write_resumed(server_round)
+
+    def _write_resumed(self, server_round: int) -> None:
+        """Add to environment.json what the rounds to come are made with, as far as it is new."""
+        began = _read_json(self.path / "environment.json")
+        new = {name: value for name, value in environment().items() if value != began.get(name)}
+        resumed = [*began.get("resumed", []), {"after_round": server_round, **new}]
+        self._write("environment.json", {**began, "resumed": resumed})
 
     @functools.cached_property
     def run_id(self) -> str:

@@ -140,6 +140,19 @@ def test_what_is_not_done_is_named_and_in_no_mean(grid: Path) -> None:
     assert "settings.json, line 1: is not JSON" in waiting[2][2]
 
 
+def test_what_a_resumed_run_went_on_with_stands_beside_what_it_began_with(tmp_path: Path) -> None:
+    written = write_run(tmp_path / "one", "coop", 0, [[0.1, 0.2], [0.5, 0.7]], flat=SMALL)
+    assert (
+        "Made with commit abc123, device cpu, torch 2.9."
+        in build(collect([tmp_path]), Wishes()).notes
+    )
+    file = written / "environment.json"
+    resumed = [{"after_round": 0, "commit": "def456"}, {"after_round": 1, "torch": "2.10"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"resumed": resumed}))
+    said = "Made with commit abc123 and def456, device cpu, torch 2.9 and 2.10."
+    assert said in build(collect([tmp_path]), Wishes()).notes
+
+
 def test_swept_settings_are_in_the_name_and_other_partitions_in_the_data_set(
     tmp_path: Path,
 ) -> None:

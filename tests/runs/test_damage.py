@@ -107,6 +107,22 @@ def test_a_damaged_checkpoint_costs_its_round_and_is_said(
     assert_same(run, whole)
 
 
+def test_a_resumed_run_says_what_it_went_on_with(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = json.loads((run.path / "environment.json").read_text())
+    for number, commit in enumerate(("other", began["commit"])):
+        monkeypatch.setattr("pfedmoap_flwr.runs.environment._commit", lambda made=commit: made)
+        resume(run, 4 + number)
+    now = json.loads((run.path / "environment.json").read_text())
+    first, second = now.pop("resumed")
+    assert now == began
+    assert (first.pop("after_round"), second.pop("after_round")) == (3, 4)
+    assert first.pop("started") >= began["started"]
+    assert first == {"commit": "other"}
+    assert second.keys() == {"started"}
+
+
 def test_a_damaged_checkpoint_never_becomes_the_one_before(run: RunFolder) -> None:
     flipped(run.path / NEWEST)
     resume(run, 3)
