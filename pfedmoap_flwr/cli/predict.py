@@ -1,7 +1,5 @@
 """pfedmoap predict, pfedmoap export: a client's personal model, used and taken along."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from pfedmoap_flwr.cli.say import say
 from pfedmoap_flwr.data.sources.folder import SUFFIXES
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.find_model import find_model
-from pfedmoap_flwr.runs.folder import harmless
 from pfedmoap_flwr.runs.model import Model
+from pfedmoap_flwr.spreadsheet import csv_text
 
 BEST = 3
 """Classes shown of an image."""
@@ -104,14 +102,12 @@ def _shown(model: Model, paths: Sequence[Path], found: Tensor) -> Table:
 
 
 def _csv(model: Model, paths: Sequence[Path], found: Tensor) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    names = [harmless(name) for name in model.classnames]
-    writer.writerow(["image", "predicted", "probability", *(f"p({name})" for name in names)])
+    rows = []
     for path, row in zip(paths, found.tolist(), strict=True):
         best = max(range(len(row)), key=row.__getitem__)
-        writer.writerow([harmless(str(path)), names[best], row[best], *row])
-    return text.getvalue()
+        rows.append([str(path), model.classnames[best], row[best], *row])
+    probabilities = (f"p({name})" for name in model.classnames)
+    return csv_text(["image", "predicted", "probability", *probabilities], rows)
 
 
 def _check_target(what: str, path: Path, suffixes: tuple[str, ...]) -> None:

@@ -5,8 +5,6 @@ they tried, is read from there. What a trial tries follows from those before it 
 so that a search that was stopped goes on as if it had not been.
 """
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from pfedmoap_flwr.comparison import jobs
 from pfedmoap_flwr.comparison.cells import Cell, belongs
 from pfedmoap_flwr.errors import RunFailed, UsageError
 from pfedmoap_flwr.randomness import derive_seed
-from pfedmoap_flwr.runs.folder import harmless, load_settings
+from pfedmoap_flwr.runs.folder import load_settings
 from pfedmoap_flwr.settings import Span, Value
+from pfedmoap_flwr.spreadsheet import csv_text
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -181,14 +180,8 @@ def _within(where: Span | Sequence[Value], value: Value) -> bool:
 
 
 def _write_trials(path: Path, keys: Sequence[str], trials: Sequence[Trial]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["trial", "value", *keys, "failed"])
-    for trial in trials:
-        value = "" if trial.value is None else trial.value
-        row = [trial.number, value, *(trial.params[k] for k in keys), trial.reason]
-        writer.writerow([harmless(cell) for cell in row])
-    files.replace(path, table.getvalue())
+    rows = [[t.number, t.value, *(t.params[k] for k in keys), t.reason] for t in trials]
+    files.replace(path, csv_text(["trial", "value", *keys, "failed"], rows))
 
 
 def _write_conf(path: Path, method: str, best: Trial, budget: Budget) -> None:

@@ -1,7 +1,5 @@
 """A report as a terminal shows it, as Markdown, CSV, LaTeX, or one HTML page."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable
@@ -18,8 +16,8 @@ from rich.text import Text
 from pfedmoap_flwr import files
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.report.document import Cell, Report, Table
-from pfedmoap_flwr.runs.folder import harmless
 from pfedmoap_flwr.runs.place import make_folder
+from pfedmoap_flwr.spreadsheet import csv_text
 
 Format = Literal["terminal", "md", "csv", "latex", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -86,16 +84,14 @@ def rendered(report: Report, form: Literal["md", "latex", "html"]) -> str:
 
 def as_csv(table: Table) -> str:
     """Return a table's numbers, unrounded, a column for each part; no text is a formula."""
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
     headings = [heading for column in table.columns for heading in column.headings]
-    writer.writerow([harmless(heading) for heading in headings])
+    rows = []
     for row in table.rows:
         cells: list[object] = []
         for column, cell in zip(table.columns, row, strict=True):
             cells += [*cell.numbers] if column.parts and cell.numbers else [cell.text]
-        writer.writerow([harmless(cell) for cell in cells])
-    return file.getvalue()
+        rows.append(cells)
+    return csv_text(headings, rows)
 
 
 def printed(report: Report, form: Format) -> str:

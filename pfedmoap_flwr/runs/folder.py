@@ -2,10 +2,8 @@
 
 import csv
 import functools
-import io
 import json
 import logging
-import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,10 +29,9 @@ from pfedmoap_flwr.runs.open_classes import (
 from pfedmoap_flwr.runs.place import folder_named, make_folder, new_folder
 from pfedmoap_flwr.runs.record import Round, last_measured
 from pfedmoap_flwr.runs.scores import save_scores
+from pfedmoap_flwr.spreadsheet import csv_text
 
 FROM_A_COPY = "put the file back from a copy"
-FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""A cell that begins so is computed by spreadsheets; the last four are the wide forms."""
 logger = logging.getLogger("flwr.pfedmoap")
 
 # Where a run lies and how it is reached, not what it computes
@@ -81,10 +78,7 @@ class RunFolder:
         check_unused(self.path)
         self.forget_ending()
         self._write("settings.json", settings.flat())
-        self._write(
-            "environment.json",
-            {"run_id": uuid4().hex, **environment(), **outside.origin(settings.method)},
-        )
+        self._write("environment.json", {"run_id": uuid4().hex, **_made_with(settings.method)})
 
     def reopen(self, settings: Settings) -> ServerState:
         """Return the state from which a run goes on, and change nothing.
@@ -123,7 +117,8 @@ class RunFolder:
     def _write_resumed(self, server_round: int) -> None:
         """Add to environment.json what the rounds to come are made with, as far as it is new."""
         began = _read_json(self.path / "environment.json")
-        new = {name: value for name, value in environment().items() if value != began.get(name)}
+        now = _made_with(load_settings(self.path).method)
+        new = {name: value for name, value in now.items() if value != began.get(name)}
         resumed = [*began.get("resumed", []), {"after_round": server_round, **new}]
         self._write("environment.json", {**began, "resumed": resumed})
 
@@ -203,12 +198,9 @@ class RunFolder:
         """Write clients.csv and summary.json and return the summary."""
         rounds = self.rounds()
         rows = _client_rows(settings.data, rounds, cards)
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: harmless(cell) for k, cell in row.items()} for row in rows)
         with self._writing("clients.csv"):
-            files.replace(self.path / "clients.csv", table.getvalue())
+            table = csv_text(rows[0], (row.values() for row in rows))
+            files.replace(self.path / "clients.csv", table)
         summary = summarise(settings, rounds)
         self._write("summary.json", summary)
         return summary
@@ -252,6 +244,11 @@ class RunFolder:
                 f"{self.path / name} cannot be written ({error.strerror or error}); make room "
                 f"there, then go on with resume={self.path}"
             ) from error
+
+
+def _made_with(method: str) -> dict[str, str]:
+    """Return what this process runs a method with, and where one from outside came from."""
+    return {**environment(), **outside.origin(method)}
 
 
 def load_settings(run_dir: Path) -> Settings:
@@ -363,17 +360,6 @@ def _client_rows(
         row["bytes_up"] = sum(r.bytes_up.get(client_id, 0) for r in rounds)
         rows.append(row)
     return rows
-
-
-def harmless(cell: Any) -> Any:
-    """Return a text that a spreadsheet does not run as a formula, in one line; a number as it is.
-
-    A node names its domain, so the text may be anything.
-    """
-    if not isinstance(cell, str):
-        return cell
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", cell)
-    return f"'{text}" if text.lstrip().startswith(FORMULAS) else text
 
 
 def _number(text: str) -> int | float | None:

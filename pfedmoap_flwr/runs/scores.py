@@ -1,7 +1,5 @@
 """The scores of a run's clients on disk: scores.json has all, scores.csv what a table can hold."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 from pfedmoap_flwr import files
 from pfedmoap_flwr.runs.record import Round, last_measured
+from pfedmoap_flwr.spreadsheet import csv_text
 
 JSON, CSV = "scores.json", "scores.csv"
 COLUMNS = ("client", "model", "metric", "class", "value", "low", "high")
@@ -27,11 +26,7 @@ def save_scores(
         "min_count": min_count,
         "clients": scored.scores,
     }
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, fieldnames=COLUMNS)
-    writer.writeheader()
-    writer.writerows(_rows(scored))
-    files.replace(run_dir / CSV, table.getvalue())
+    files.replace(run_dir / CSV, csv_text(COLUMNS, _rows(scored)))
     files.replace(run_dir / JSON, json.dumps(said))
 
 
@@ -44,14 +39,13 @@ def load_scores(run_dir: Path) -> dict[str, Any] | None:
     return {**said, "clients": {int(i): scores for i, scores in said["clients"].items()}}
 
 
-def _rows(record: Round) -> Iterator[dict[str, Any]]:
-    """Yield a line for each number of a mean or a class; a class is its number from 0."""
+def _rows(record: Round) -> Iterator[tuple[Any, ...]]:
+    """Yield COLUMNS for each number of a mean or a class; a class is its number from 0."""
     for client, models in sorted(record.scores.items()):
         for model, scores in models.items():
             for name, value in scores.items():
                 metric, _, what = name.partition(".")
                 if name in ("few", "withheld", "confusion") or what in ("low", "high"):
                     continue
-                ends = {end: scores.get(f"{name}.{end}", "") for end in ("low", "high")}
-                row = {"client": client, "model": model, "metric": metric, "class": what}
-                yield {**row, "value": value, **ends}
+                ends = (scores.get(f"{name}.{end}", "") for end in ("low", "high"))
+                yield client, model, metric, what, value, *ends

@@ -1,6 +1,7 @@
 """Methods from outside: a file that a command names, a wheel's entry point, and never a message."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -221,6 +222,23 @@ def test_a_wheels_methods_are_known_by_name_to_nodes_too(
         config.parse({"method": "broken"})
     with pytest.raises(UsageError, match=r"method odd of theirs: .* is no subclass of Method"):
         config.parse({"method": "odd"})
+
+
+def test_a_run_says_that_it_went_on_with_another_version_of_a_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, federate: Federate
+) -> None:
+    (tmp_path / "theirs.py").write_text(worked_example())
+    install(tmp_path, {"theirs": "theirs:Near"})
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    run = federate("ours/run", method="theirs", num_server_rounds=1, **SHORT)
+    metadata = tmp_path / "theirs-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("1.2", "1.3"))
+    importlib.invalidate_caches()
+    api.execute(api.plan({"resume": str(run.path), "num-server-rounds": 2}))
+    made = json.loads((run.path / "environment.json").read_text())
+    assert made["method_package"] == "theirs 1.2"
+    assert made["resumed"][0]["method_package"] == "theirs 1.3"
 
 
 # Other processes
