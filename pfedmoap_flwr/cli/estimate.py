@@ -52,6 +52,9 @@ def estimate(settings: Settings) -> Estimate:
         return images
 
     one = Work(work.client_id, work.round, work.head, of_batch, work.received)
+    # Before any training: after it, only what the last phase moved asks for gradients
+    frozen = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}
+    saved = saved_bytes(Stack(method, [one]), *local.first_images([one], batch), without=frozen)
     phases = one_epoch(method, one.head)
     local.train(method, [one], phases)  # the first step also makes what later ones share
     seconds = min(_seconds(lambda: local.train(method, [one], phases)) for _ in range(REPEATS))
@@ -59,8 +62,6 @@ def estimate(settings: Settings) -> Estimate:
     epochs = sum(n for n, _ in method.schedule(one.head, settings.local_epochs))
     steps = sum(math.ceil(size / batch) for size in sizes) * epochs
     rounds = settings.num_server_rounds * settings.fraction_train
-    frozen = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}
-    saved = saved_bytes(Stack(method, [one]), *local.first_images([one], batch), without=frozen)
     return Estimate(step * steps * rounds, saved)
 
 
