@@ -26,5 +26,10 @@ def harmless(cell: Any) -> Any:
     """
     if not isinstance(cell, str):
         return cell
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", cell)
+    text = one_line(cell)
     return f"'{text}" if text.lstrip().startswith(FORMULAS) else text
+
+
+def one_line(text: str) -> str:
+    """Return a text with a space for each character that ends a line or steers a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)

@@ -138,6 +138,18 @@ def test_no_text_of_a_node_is_a_formula_or_a_line_of_its_own(
     assert len((tmp_path / "clients.csv").read_bytes().splitlines()) == 2
 
 
+def test_a_number_stands_under_its_name_whatever_the_order_of_a_nodes_sizes(
+    reference: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    run = reference(method="coop", num_server_rounds=1)
+    folder = RunFolder(tmp_path)
+    shutil.copy(run.path / "rounds.jsonl", tmp_path)
+    cards = [{"client": 0, "train": 1, "test": 2}, {"test": 4, "train": 3, "client": 1}]
+    folder.finish(load_settings(run.path), cards)
+    found = [(row["client"], row["train"], row["test"]) for row in folder.clients()]
+    assert found == [(0, 1, 2), (1, 3, 4)]
+
+
 def test_the_command_and_python_run_the_same() -> None:
     words = [f"{key}={value}" for key, value in SHORT.items()]
     assert cli.main(["run", "--method", "coop", "run-dir=typed", *words]) == 0

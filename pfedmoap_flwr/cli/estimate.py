@@ -19,9 +19,8 @@ from pfedmoap_flwr.data.federated import federated
 from pfedmoap_flwr.methods.base import Split, Work
 from pfedmoap_flwr.report.tables import megabytes
 from pfedmoap_flwr.training import local
-from pfedmoap_flwr.training.capacity import saved_bytes
+from pfedmoap_flwr.training.capacity import bytes_of_step
 from pfedmoap_flwr.training.rehearsal import made_up, one_epoch
-from pfedmoap_flwr.training.stacked import Stack
 
 REPEATS = 3
 """Of them the fastest counts: other work on the machine can only slow a step down."""
@@ -52,9 +51,7 @@ def estimate(settings: Settings) -> Estimate:
         return images
 
     one = Work(work.client_id, work.round, work.head, of_batch, work.received)
-    # Before any training: after it, only what the last phase moved asks for gradients
-    frozen = {p.untyped_storage().data_ptr() for p in clip.model.parameters()}
-    saved = saved_bytes(Stack(method, [one]), *local.first_images([one], batch), without=frozen)
+    saved = bytes_of_step(method, one, batch)  # before any training
     phases = one_epoch(method, one.head)
     local.train(method, [one], phases)  # the first step also makes what later ones share
     seconds = min(_seconds(lambda: local.train(method, [one], phases)) for _ in range(REPEATS))

@@ -15,7 +15,7 @@ from pfedmoap_flwr.data.sources.folder import SUFFIXES
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.runs.find_model import find_model
 from pfedmoap_flwr.runs.model import Model
-from pfedmoap_flwr.spreadsheet import csv_text
+from pfedmoap_flwr.spreadsheet import csv_text, harmless
 
 BEST = 3
 """Classes shown of an image."""
@@ -106,7 +106,8 @@ def _csv(model: Model, paths: Sequence[Path], found: Tensor) -> str:
     for path, row in zip(paths, found.tolist(), strict=True):
         best = max(range(len(row)), key=row.__getitem__)
         rows.append([str(path), model.classnames[best], row[best], *row])
-    probabilities = (f"p({name})" for name in model.classnames)
+    # As in the column of predictions, so that one finds the other
+    probabilities = (f"p({harmless(name)})" for name in model.classnames)
     return csv_text(["image", "predicted", "probability", *probabilities], rows)
 
 

@@ -17,7 +17,7 @@ from pfedmoap_flwr import files
 from pfedmoap_flwr.errors import UsageError
 from pfedmoap_flwr.report.document import Cell, Report, Table
 from pfedmoap_flwr.runs.place import make_folder
-from pfedmoap_flwr.spreadsheet import csv_text
+from pfedmoap_flwr.spreadsheet import csv_text, one_line
 
 Format = Literal["terminal", "md", "csv", "latex", "html"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -128,8 +128,7 @@ def _escaper(signs: dict[str, str]) -> Callable[[object], str]:
     pattern = re.compile("|".join(map(re.escape, signs)))
 
     def escape(said: object) -> str:
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(said))
-        return pattern.sub(lambda found: signs[found[0]], line)
+        return pattern.sub(lambda found: signs[found[0]], one_line(str(said)))
 
     return escape
 

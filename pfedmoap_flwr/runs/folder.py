@@ -198,8 +198,9 @@ class RunFolder:
         """Write clients.csv and summary.json and return the summary."""
         rounds = self.rounds()
         rows = _client_rows(settings.data, rounds, cards)
+        names = list(rows[0])
+        table = csv_text(names, ([row[name] for name in names] for row in rows))
         with self._writing("clients.csv"):
-            table = csv_text(rows[0], (row.values() for row in rows))
             files.replace(self.path / "clients.csv", table)
         summary = summarise(settings, rounds)
         self._write("summary.json", summary)

@@ -25,12 +25,19 @@ def clients_that_fit(method: Method[Any, Any], work: Work[Any]) -> int:
     From the device's whole memory, not from what is free, so that a repeat chooses the same.
     """
     device = method.clip.device
-    frozen = {p.untyped_storage().data_ptr() for p in method.clip.model.parameters()}
     count = min(method.settings.batch_size, max(len(work.images), ALWAYS_MEASURED))
-    batch = first_images([work], count)
-    needed = saved_bytes(Stack(method, [work]), *batch, without=frozen)
+    needed = bytes_of_step(method, work, count)
     fits = int(MEMORY_SHARE * memory(device)) // max(1, needed)
     return max(1, min(fits, cores() if device.type == "cpu" else MOST_STACKED))
+
+
+def bytes_of_step(method: Method[Any, Any], work: Work[Any], images: int) -> int:
+    """Return the bytes that a step of one client keeps for its backward pass, CLIP's own aside.
+
+    Of a head that was not trained: after that only what the last phase moved asks for gradients.
+    """
+    frozen = {p.untyped_storage().data_ptr() for p in method.clip.model.parameters()}
+    return saved_bytes(Stack(method, [work]), *first_images([work], images), without=frozen)
 
 
 def saved_bytes(stack: Stack, features: Tensor, labels: Tensor, without: set[int]) -> int:
